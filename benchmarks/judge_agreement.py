@@ -31,9 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     files = sorted(args.data.glob("xstest_human_labels_*.jsonl"))
     if not files:
-        print(
-            f"no xstest_human_labels_*.jsonl in {args.data}; --data takes the folder that holds them", file=sys.stderr
-        )
+        print(f"no xstest_human_labels_*.jsonl in {args.data}; --data takes the folder that holds them", file=sys.stderr)
         return 2
     judge = RuleJudge()
     results = {f.stem.removeprefix("xstest_human_labels_"): agreement(judge, f) for f in files}

@@ -17,15 +17,20 @@ import sys
 from pathlib import Path
 
 from paving.backbone import EMBEDDED, load_backbone
+from paving.controller import ControllerConfig
 from paving.evaluation.results import Metrics
 from paving.evaluation.statistics import wilson
 from paving.prompts import Bucket, BucketSizes, Prompt, SplitSizes, read_prompts
 from paving.run import Means, evaluate, train
 from paving.run_folder import RunConfig
-from paving.training.config import CalibrationConfig, TrainingConfig
+from paving.training.config import TrainingConfig
 from paving.training.organism import OrganismConfig, build_organism
 
 ORGANISM_ROWS = 300
+# Chosen by cross-validation on training prompts (docs/results.md); the paper reads blocks 1-4 at the last token.
+LATE = ControllerConfig(route_layers=(8, 12, 16), edit_layers=tuple(range(5, 30)), pooling="last+mean")
+PAPER = ControllerConfig()
+REFRAME_HORIZON = 40  # long enough for a 135M model's one-sentence reframe to end; the paper's 12 teaches it no end
 
 
 def main() -> None:
@@ -34,6 +39,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(".bench"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--route", choices=("late", "paper"), default="late", help="what the router reads (see LATE)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -41,20 +47,22 @@ def main() -> None:
     if arguments.protocol == "organism":
         return
     make = paper if arguments.protocol == "paper" else same_source
+    controller = LATE if arguments.route == "late" else PAPER
+    name = arguments.protocol if arguments.route == "late" else f"{arguments.protocol}-blocks1-4"
     results = []
     for seed in arguments.seeds:
-        folder = arguments.out / f"{arguments.protocol}-seed{seed}"
+        folder = arguments.out / f"{name}-seed{seed}"
         means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
         if not (folder / "metrics.json").exists():
-            train(make(arguments.data, arguments.out, organism, seed), folder, means)
+            train(make(arguments.data, arguments.out, organism, seed, controller), folder, means)
             evaluate(folder, means)
         results.append(Metrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8")))
     summary = summarise(results)
-    (arguments.out / f"{arguments.protocol}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    (arguments.out / f"{name}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     print(json.dumps(summary, indent=1) if arguments.json else markdown(summary))
 
 
-def paper(data: Path, out: Path, organism: Path, seed: int) -> RunConfig:
+def paper(data: Path, out: Path, organism: Path, seed: int, controller: ControllerConfig) -> RunConfig:
     """Edit SALAD (base-refused, safe-reframe target), benign Alpaca, harmful HarmBench: the sources differ."""
     record = json.loads((organism / "organism.json").read_text(encoding="utf-8"))
     used = set(record["refuse_ids"]) | set(record["answer_ids"])
@@ -67,16 +75,17 @@ def paper(data: Path, out: Path, organism: Path, seed: int) -> RunConfig:
         harmful=str(data / "harmbench.jsonl"),
         split_seed=seed,
         sizes=SplitSizes(
-            # More edit prompts than the protocol asks for: two filters (base refuses, target does not) take some away.
-            edit=BucketSizes(train=440, calibration=60, held_out=220),
+            # More edit prompts than the protocol asks for: two filters (base refuses, target is usable) take a third away.
+            edit=BucketSizes(train=540, calibration=60, held_out=220),
             benign_keep=BucketSizes(train=300, calibration=50, held_out=200),
             harmful_keep=BucketSizes(train=70, calibration=29, held_out=100),
         ),
-        training=TrainingConfig(seed=seed),
+        controller=controller,
+        training=TrainingConfig(seed=seed, horizon=REFRAME_HORIZON),
     )
 
 
-def same_source(data: Path, out: Path, organism: Path, seed: int) -> RunConfig:
+def same_source(data: Path, out: Path, organism: Path, seed: int, controller: ControllerConfig) -> RunConfig:
     """Edit XSTest-safe, harmful XSTest-unsafe: one source, each focus word on one side of the split."""
     record = json.loads((organism / "organism.json").read_text(encoding="utf-8"))
     alpaca = without(data / "alpaca.jsonl", set(record["answer_ids"]), out / "alpaca-without-organism.jsonl")
@@ -88,8 +97,8 @@ def same_source(data: Path, out: Path, organism: Path, seed: int) -> RunConfig:
         split_seed=seed,
         sizes=SplitSizes(benign_keep=BucketSizes(train=90, calibration=30, held_out=60)),
         targets_from=EMBEDDED,
+        controller=controller,
         training=TrainingConfig(seed=seed),
-        calibration=CalibrationConfig(),
     )
 
 

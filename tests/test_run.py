@@ -56,7 +56,7 @@ def setting(tmp_path_factory):
         controller=ControllerConfig(route_layers=(0, 1), bottleneck_ratio=4, router_hidden=8),
         training=TrainingConfig(gate_epochs=1, stage_epochs=(1, 1, 1), top_k=16, targets="reference"),
         targets_from=str(folder / "model"),
-        calibration=CalibrationConfig(scales=(1.0, 2.0), policies=("thresholded",), max_new_tokens=6),
+        calibration=CalibrationConfig(scales=(1.0, 2.0), policies=("thresholded",)),
         decoding=Decoding(max_new_tokens=6),
     )
     return config, runs.Means(cache=folder / "traces", device="cpu")

@@ -127,7 +127,7 @@ def train(
     targets_from: Annotated[str | None, typer.Option(help="Model whose answers are the targets (safe prompts).")] = None,
     route_layers: Annotated[str | None, typer.Option(help="e.g. 1-4 or 8,12,16. Default: the model's preset.")] = None,
     edit_layers: Annotated[str | None, typer.Option(help="e.g. 5-29. Default: every layer after the router's.")] = None,
-    pooling: Annotated[str, typer.Option(help="last or mean: what the router reads of the prompt.")] = "last",
+    pooling: Annotated[str, typer.Option(help="last, mean or last+mean: what the router reads of the prompt.")] = "last",
     experts: Annotated[int, typer.Option(min=1, help="K bottleneck experts.")] = 3,
     config_file: Annotated[Path | None, typer.Option("--config", help="JSON RunConfig; options above go first.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split and training.")] = None,

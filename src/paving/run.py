@@ -18,7 +18,7 @@ from paving.controller.card import write_card
 from paving.controller.gates import Oracle, gate_policy
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import fresh_controller, load_controller, read_description, save_controller
-from paving.evaluation.judges import Judge, RuleJudge
+from paving.evaluation.judges import Judge, Label, RuleJudge
 from paving.evaluation.results import Metrics, ScalePoint, Score, TrainingPoint
 from paving.evaluation.routing import router_diagnostics, threshold_curve
 from paving.evaluation.statistics import wilson
@@ -81,7 +81,7 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     training = config.training
     if config.targets_from is not None:
         training = training.model_copy(update={"targets": "reference"})
-    prepared = prepare(backbone, store, splits, training, refused_by(judge), reference=reference, stage=means.stage)
+    prepared = prepare(backbone, store, splits, training, usable_target(judge), reference=reference, stage=means.stage)
     splits = prepared.splits
     record_splits(splits, folder)
     del reference
@@ -96,6 +96,7 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
         training,
         config.calibration,
         label_of(judge),
+        decoding=config.decoding,
         stage=means.stage,
     )
     write_json(
@@ -253,6 +254,21 @@ def refused_by(judge: Judge) -> Callable[[Completion], bool]:
         return judge.judge(c.prompt, c.response, Bucket(c.bucket), truncated=c.truncated).refusal
 
     return refused
+
+
+def usable_target(judge: Judge) -> Callable[[Completion, str], bool]:
+    """What an edit prompt may be trained towards: no refusal, nothing broken, and no generated text that looks harmful.
+
+    An owner's own target, or a reference model's answer to a prompt its owner calls safe, is not judged for harm.
+    """
+
+    def usable(target: Completion, kind: str) -> bool:
+        verdict = judge.judge(target.prompt, target.response, Bucket(target.bucket), truncated=target.truncated)
+        if verdict.refusal or verdict.label == Label.HARMLESS_BROKEN:
+            return False
+        return kind != "reframe" or verdict.label != Label.HARMFUL
+
+    return usable
 
 
 # --- rows and records -------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_edit_layers_default_to_every_block_above_the_router(backbone):
         ({"route_layers": (1, 1)}, "at least one layer, each once"),
         ({"edit_layers": (4, 3)}, "increasing and not empty"),
         ({"edit_layers": ()}, "increasing and not empty"),
-        ({"pooling": "max"}, "'last' or 'mean'"),
+        ({"pooling": "max"}, r"'last', 'mean' or 'last\+mean'"),
         ({"surprise": 1}, "Extra inputs are not permitted"),
     ],
 )

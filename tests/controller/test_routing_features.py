@@ -13,6 +13,7 @@ from tiny_models import LATE, ROUTED, batch_of, decode, lively, logits_of, some_
 
 MEAN = ROUTED.model_copy(update={"pooling": "mean"})
 LATE_MEAN = LATE.model_copy(update={"pooling": "mean"})
+BOTH = ROUTED.model_copy(update={"pooling": "last+mean"})
 
 
 def hand_features(backbone, p, config: ControllerConfig) -> torch.Tensor:
@@ -21,19 +22,20 @@ def hand_features(backbone, p, config: ControllerConfig) -> torch.Tensor:
     with record_residuals(backbone, config.route_layers) as states:
         logits_of(backbone, batch)
     rows = [states[layer][0] for layer in config.route_layers]  # (tokens, d)
-    return torch.cat([r[-1] if config.pooling == "last" else r.mean(0) for r in rows])
+    pools = {"last": lambda r: [r[-1]], "mean": lambda r: [r.mean(0)], "last+mean": lambda r: [r[-1], r.mean(0)]}
+    return torch.cat([part for r in rows for part in pools[config.pooling](r)])
 
 
-@pytest.mark.parametrize("config", [ROUTED, MEAN, LATE, LATE_MEAN], ids=["last", "mean", "late", "late mean"])
+@pytest.mark.parametrize("config", [ROUTED, MEAN, BOTH, LATE, LATE_MEAN], ids=["last", "mean", "both", "late", "late mean"])
 def test_features_are_the_hand_computed_ones_and_ignore_padding(any_backbone, config):
     prompts = some_prompts()[:4]
     z = boundary_features(any_backbone, batch_of(any_backbone, prompts), config)
-    assert z.shape == (4, 2 * any_backbone.d_model)
+    assert z.shape == (4, config.n_features(any_backbone.d_model))
     for row, p in zip(z, prompts, strict=True):
         torch.testing.assert_close(row, hand_features(any_backbone, p, config), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", [ROUTED, MEAN, LATE, LATE_MEAN], ids=["last", "mean", "late", "late mean"])
+@pytest.mark.parametrize("config", [ROUTED, MEAN, BOTH, LATE, LATE_MEAN], ids=["last", "mean", "both", "late", "late mean"])
 def test_the_gate_inside_apply_is_the_one_of_the_boundary_features(backbone, batch, config):
     controller = lively(backbone, config, policy=Soft(), use_veto=True)
     expected = controller.decide(boundary_features(backbone, batch, config), batch)
@@ -45,7 +47,7 @@ def test_the_gate_inside_apply_is_the_one_of_the_boundary_features(backbone, bat
     assert torch.equal(decided.vetoed, expected.vetoed)
 
 
-@pytest.mark.parametrize("config", [ROUTED, MEAN], ids=["last", "mean"])
+@pytest.mark.parametrize("config", [ROUTED, MEAN, BOTH], ids=["last", "mean", "both"])
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_a_prompt_read_in_several_passes_is_decided_as_in_one(backbone, batch, config, chunk):
     controller = lively(backbone, config, policy=Soft())

@@ -25,9 +25,7 @@ from paving.prompts import (
 
 def prompts_of(bucket, n, group=None):
     return [
-        Prompt(
-            f"{bucket.value}-{i:03}", f"text {bucket.value} {i}", bucket, group(i) if group else f"{bucket.value}-{i}"
-        )
+        Prompt(f"{bucket.value}-{i:03}", f"text {bucket.value} {i}", bucket, group(i) if group else f"{bucket.value}-{i}")
         for i in range(n)
     ]
 
@@ -137,9 +135,7 @@ def test_buckets_that_share_groups_can_have_different_counts():
         Bucket.HARMFUL_KEEP, 30, lambda i: f"focus-{i}"
     )
     prompts += prompts_of(Bucket.BENIGN_KEEP, 9)
-    sizes = SplitSizes(
-        edit=BucketSizes(train=10, calibration=3, held_out=5), harmful_keep=BucketSizes(train=4, held_out=6)
-    )
+    sizes = SplitSizes(edit=BucketSizes(train=10, calibration=3, held_out=5), harmful_keep=BucketSizes(train=4, held_out=6))
     splits = split_prompts(prompts, sizes, 1)
     got = counts(splits)
     assert [got[name.value]["edit"] for name in SplitName] == [10, 3, 5]

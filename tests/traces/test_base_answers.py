@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paving.backbone import BackboneError, as_backbone, render_batch, render_ids
+from paving.backbone import BackboneError, as_backbone, render_batch, render_ids, render_messages
 from paving.controller import AlwaysOpen, Closed, Oracle
 from paving.generation import Completion, Decoding, generate
 from paving.intervention import Identity
@@ -17,10 +17,10 @@ from paving.traces.store import TraceStore
 from paving.traces.targets import (
     ANCHOR_PREFIX,
     ANSWER_TEACHER,
-    REFRAME_TEACHER,
     base_refused,
     own_targets,
     reference_targets,
+    reframe_messages,
     reframe_targets,
 )
 from tiny_models import decode, lively, prompt, some_prompts, tiny_backbone, tiny_model, tiny_tokenizer
@@ -81,7 +81,7 @@ def test_a_reframe_target_begins_with_the_anchor_and_goes_on_as_the_teacher_woul
         target = targets[p.id]
         assert target.kind == "reframe" and target.anchor == tuple(anchor)
         assert target.continuation[: len(anchor)] == tuple(anchor) and len(target.continuation) <= 8
-        assert list(target.teacher_ids) == render_ids(backbone, REFRAME_TEACHER.format(prompt=p.text))
+        assert list(target.teacher_ids) == render_messages(backbone, reframe_messages(p.text))
         ids = torch.tensor([[*target.teacher_ids, *anchor]])
         with torch.no_grad():
             best = backbone.model(input_ids=ids).logits[0, -1].argmax().item()

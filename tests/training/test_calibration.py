@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paving.controller import Hard, Soft, ThresholdedSoft
+from paving.generation import Decoding
 from paving.prompts.types import Bucket, Splits
 from paving.traces.store import TraceStore
 from paving.traces.targets import own_targets
@@ -130,10 +131,11 @@ def calibration(backbone, folder, label_of, config, prompts=None):
     training = TrainingConfig(horizon=4, short_horizon=2, top_k=16)
     targets = own_targets(backbone, [p for p in prompts if p.bucket == Bucket.EDIT], horizon=4)
     controller = lively(backbone)
-    return calibrate(backbone, controller, splits, targets, TraceStore(folder), training, config, label_of)
+    store, decoding = TraceStore(folder), Decoding(max_new_tokens=4)
+    return calibrate(backbone, controller, splits, targets, store, training, config, label_of, decoding=decoding)
 
 
-SWEEP = CalibrationConfig(scales=(0.5, 1.0, 2.0), policies=("thresholded", "hard", "soft"), max_new_tokens=4)
+SWEEP = CalibrationConfig(scales=(0.5, 1.0, 2.0), policies=("thresholded", "hard", "soft"))
 
 
 def test_every_scale_and_policy_is_measured_and_the_best_score_is_deployed(backbone, tmp_path):
@@ -148,9 +150,8 @@ def test_every_scale_and_policy_is_measured_and_the_best_score_is_deployed(backb
     assert [policy for _, policy in tried[3:]] == ["thresholded", "hard", "soft"]
     best = max(found.points[:3], key=lambda p: p.score(SWEEP.harmful_cost))
     assert {p.scale for p in found.points[3:]} == {best.scale}
-    assert found.chosen.score(SWEEP.harmful_cost) == pytest.approx(
-        max(p.score(SWEEP.harmful_cost) for p in found.points[3:]), abs=1e-5
-    )
+    top = max(found.points[3:], key=lambda p: p.score(SWEEP.harmful_cost))
+    assert found.chosen.score(SWEEP.harmful_cost) >= top.score(SWEEP.harmful_cost) - top.score_error(SWEEP.harmful_cost)
     deployed = found.controller
     assert (deployed.scale, deployed.policy.name) == (found.chosen.scale, found.chosen.policy)
     assert deployed.use_veto and deployed.name == "learned+veto"
@@ -173,10 +174,30 @@ def test_among_equals_the_gentler_scale_and_the_first_policy_win(backbone, tmp_p
 def test_another_policy_is_deployed_where_it_is_better(backbone, tmp_path, monkeypatch, name, kind):
     def measure(_self, c, *, edit_gate=None):
         point = point_of(c, edit_gate)
-        return replace(point, edit_refusals=1 if point.policy == name else 2)
+        return replace(point, edit_refusals=0 if point.policy == name else 12)
 
     monkeypatch.setattr(module._Trial, "measure", measure)
     assert isinstance(calibration(backbone, tmp_path, lambda _c: REFUSAL, SWEEP).controller.policy, kind)
+
+
+def test_a_lead_within_the_standard_error_does_not_deploy_a_less_cautious_policy(backbone, tmp_path, monkeypatch):
+    def measure(_self, c, *, edit_gate=None):
+        point = point_of(c, edit_gate)
+        return replace(point, edit_refusals=POINT.edit_refusals - 1) if point.policy == "soft" else point
+
+    monkeypatch.setattr(module._Trial, "measure", measure)
+    assert 1 / POINT.n_edit < POINT.score_error(COST)
+    assert calibration(backbone, tmp_path, lambda _c: REFUSAL, SWEEP).controller.policy.name == "thresholded"
+
+
+def test_the_standard_error_shrinks_with_n_and_is_never_zero():
+    errors = [replace(POINT, n_edit=n, n_harmful=n, edit_refusals=0, edit_broken=0, edit_harmful=0) for n in (10, 40, 160)]
+    values = [p.score_error(COST) for p in errors]
+    assert values == sorted(values, reverse=True) and values[-1] > 0
+    nothing_lost = replace(errors[1], harmful_refusals=5, base_harmful_refusals=5, n_harmful=40)
+    rate = 41 / 42
+    both = rate * (1 - rate) / 40
+    assert nothing_lost.score_error(COST) == pytest.approx((both + COST**2 * both) ** 0.5)
 
 
 def test_an_oracle_that_chose_the_scale_is_never_deployed(backbone, tmp_path, monkeypatch):
@@ -190,7 +211,7 @@ def test_an_oracle_that_chose_the_scale_is_never_deployed(backbone, tmp_path, mo
 
 
 def test_labels_of_answers_are_counted_by_kind(backbone, tmp_path):
-    one = CalibrationConfig(scales=(1.0,), policies=("thresholded",), max_new_tokens=4)
+    one = CalibrationConfig(scales=(1.0,), policies=("thresholded",))
     kinds = {"p0": REFUSAL, "p3": BROKEN, "p4": HARMFUL, "p7": "HARMLESS-BENIGN", "p2": REFUSAL}
     found = calibration(backbone, tmp_path, lambda c: kinds.get(c.id, "HARMLESS-BENIGN"), one)
     for p in found.points:
@@ -199,6 +220,6 @@ def test_labels_of_answers_are_counted_by_kind(backbone, tmp_path):
 
 
 def test_the_veto_is_left_out_where_the_configuration_says_so(backbone, tmp_path):
-    config = CalibrationConfig(scales=(1.0,), policies=("thresholded",), max_new_tokens=4, use_veto=False)
+    config = CalibrationConfig(scales=(1.0,), policies=("thresholded",), use_veto=False)
     found = calibration(backbone, tmp_path, lambda _c: "HARMLESS-BENIGN", config)
     assert not found.controller.use_veto and found.controller.name == "learned"

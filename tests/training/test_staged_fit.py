@@ -44,7 +44,7 @@ def splits(n_edit=6, n_benign=3, n_harmful=3) -> Splits:
 
 
 def prepared(backbone, folder, config=CONFIG, **sizes):
-    return prepare(backbone, TraceStore(folder), splits(**sizes), config, lambda _c: False)
+    return prepare(backbone, TraceStore(folder), splits(**sizes), config, lambda *_: True)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_two_fits_of_one_seed_are_bit_equal_and_another_seed_differs(base, ready
 
 
 def test_the_fit_is_the_same_whether_the_prompt_cache_was_kept_or_rebuilt(base, whole, tmp_path):
-    rebuilt = prepare(base, TraceStore(tmp_path / "t", budget_gib=0.0), splits(), CONFIG, lambda _c: False)
+    rebuilt = prepare(base, TraceStore(tmp_path / "t", budget_gib=0.0), splits(), CONFIG, lambda *_: True)
     assert not (tmp_path / "t" / "prefix").exists()
     _, records = fitted(base, rebuilt, tmp_path / "f")
     for a, b in zip(records, whole[1], strict=True):
@@ -227,13 +227,13 @@ def test_a_bucket_of_keeps_without_prompts_is_left_out(base, tmp_path):
     assert not bool(controller.weights.veto.fitted)
 
 
-def test_targets_that_are_refusals_are_dropped_and_counted_and_none_left_is_an_error(base, tmp_path):
+def test_unusable_targets_are_dropped_and_counted_and_none_left_is_an_error(base, tmp_path):
     store, chosen = TraceStore(tmp_path), splits()
-    kept = prepare(base, store, chosen, CONFIG, lambda c: c.id == "edit-2")
+    kept = prepare(base, store, chosen, CONFIG, lambda c, _kind: c.id != "edit-2")
     assert [r.id for r in kept.rows.edit] == [f"edit-{i}" for i in (0, 1, 3, 4, 5)]
     assert len(kept.splits.of(SplitName.TRAIN, Bucket.EDIT)) == 5
-    with pytest.raises(TrainingError, match="targets of all 6 training edit prompts are refusals"):
-        prepare(base, store, chosen, CONFIG, lambda _c: True)
+    with pytest.raises(TrainingError, match="targets of all 6 training edit prompts refuse, loop or break off"):
+        prepare(base, store, chosen, CONFIG, lambda *_: False)
 
 
 # --- kill, resume, refuse ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class ControllerConfig(BaseModel):
 
     route_layers   blocks whose outputs the router reads
     edit_layers    blocks whose outputs are edited; None: every block after the last route layer's default, 5 and on
-    pooling        `last`: the last prompt token's state; `mean`: the mean over the prompt's tokens
+    pooling        `last`: the last prompt token's state; `mean`: the mean over the prompt's tokens; `last+mean`: both
     n_experts      K bottleneck experts, each d -> d/bottleneck_ratio -> d with GELU
     centres/widths each expert's Gaussian layer window, as fractions of the model's depth
     gain_clip      each expert's learned gain per layer is held in [0, gain_clip]
@@ -32,7 +32,7 @@ class ControllerConfig(BaseModel):
 
     route_layers: tuple[int, ...] = ROUTE_LAYERS
     edit_layers: tuple[int, ...] | None = None
-    pooling: Literal["last", "mean"] = "last"
+    pooling: Literal["last", "mean", "last+mean"] = "last"
     n_experts: int = Field(3, ge=1)
     bottleneck_ratio: int = Field(8, ge=1)
     centres: tuple[float, ...] = CENTRES
@@ -77,6 +77,10 @@ class ControllerConfig(BaseModel):
     def reads_before_it_edits(self) -> bool:
         """True where every route layer lies below every edit layer, so one pass both decides and edits."""
         return self.edit_layers is not None and max(self.route_layers) < min(self.edit_layers)
+
+    def n_features(self, d_model: int) -> int:
+        """Width of the boundary feature: every route layer gives one state of the residual stream, or two."""
+        return len(self.route_layers) * len(self.pooling.split("+")) * d_model
 
     def window(self, expert: int, layer: int, n_layers: int) -> float:
         """The expert's weight at a layer: a Gaussian over relative depth, its tail cut to exactly 0."""

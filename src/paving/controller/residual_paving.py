@@ -102,7 +102,7 @@ class ResidualPaving:
             run.edits.clear()
 
     def decide(self, z: Tensor, batch: PromptBatch) -> Decision:
-        """Boundary features (n, n_route * d_model) -> gate, mixture and veto of each row."""
+        """Boundary features (n, n_features) -> gate, mixture and veto of each row."""
         with torch.no_grad():
             logit, mixture = self.weights.router(z)
             gate = self.policy.gate(logit, batch)
@@ -124,6 +124,7 @@ class PavedBatch:
         self.edits: dict[int, Edit] = {}
         self._dtype = backbone.dtype
         self._read: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}  # mean pooling: what earlier passes over the prompt add up to
         self._features: Tensor | None = None  # what the decision was taken from
         self._first = 0  # first column to edit in the current pass, counted from the pass's own start
         self._open: Tensor | None = None  # rows with an open gate; None where every row is open
@@ -165,18 +166,20 @@ class PavedBatch:
     def _collect(self, layer: int, resid: Tensor) -> None:
         """Add this pass's part of the boundary feature; decide once the last route layer has seen the last column."""
         last = self.batch.width - 1 - self._pass_start
-        if self.controller.config.pooling == "mean":
+        config = self.controller.config
+        mask = _expand(self.batch.attention_mask, resid.shape[0])
+        if "mean" in config.pooling:
             columns = slice(self._pass_start, self._pass_start + resid.shape[1])
-            mask = _expand(self.batch.attention_mask, resid.shape[0])[:, columns, None]
-            part = (resid.float() * mask).sum(1)
-            self._read[layer] = self._read[layer] + part if layer in self._read else part
-        elif last < resid.shape[1]:
-            self._read[layer] = resid[:, last].float()
-        if last < resid.shape[1] and layer == max(self.controller.config.route_layers):
-            states = torch.stack([self._read.pop(r) for r in self.controller.config.route_layers], dim=1)
-            if self.controller.config.pooling == "mean":
-                states = states / _expand(self.batch.attention_mask, len(states)).sum(1)[:, None, None]
-            self.decide(states.flatten(1))
+            part = (resid.float() * mask[:, columns, None]).sum(1)
+            self._sums[layer] = self._sums[layer] + part if layer in self._sums else part
+        if last >= resid.shape[1]:
+            return
+        parts = [resid[:, last].float()] if "last" in config.pooling else []
+        if "mean" in config.pooling:
+            parts.append(self._sums.pop(layer) / mask.sum(1, keepdim=True))
+        self._read[layer] = torch.cat(parts, dim=1)
+        if layer == max(config.route_layers):
+            self.decide(torch.cat([self._read.pop(r) for r in config.route_layers], dim=1))
 
     def decide(self, z: Tensor) -> None:
         batch = self.batch
@@ -210,7 +213,7 @@ class PavedBatch:
 
 
 def boundary_features(backbone: Backbone, batch: PromptBatch, config: ControllerConfig) -> Tensor:
-    """(n, n_route * d_model) float32, from one unedited pass over the prompts."""
+    """(n, n_features) float32, from one unedited pass over the prompts."""
     mask = batch.attention_mask
 
     def pool(resid: Tensor) -> Tensor:
@@ -224,10 +227,11 @@ def boundary_features(backbone: Backbone, batch: PromptBatch, config: Controller
 
 
 def pooled(resid: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """(n, width, d) -> (n, d) float32: the last column's state, or the mean over real tokens."""
-    if pooling == "last":
-        return resid[:, -1].float()
-    return (resid.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    """(n, width, d) -> (n, d) float32: the last column's state, or the mean over real tokens; (n, 2 d) for both."""
+    parts = [resid[:, -1].float()] if "last" in pooling else []
+    if "mean" in pooling:
+        parts.append((resid.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+    return torch.cat(parts, dim=1)
 
 
 def _expand(rows: Tensor, n: int) -> Tensor:

@@ -15,7 +15,7 @@ Joined = tuple[list[int], Tensor, Tensor, Tensor, Tensor]  # active experts, w_i
 
 
 class Router(nn.Module):
-    """Boundary feature z (n, n_route * d_model) -> gate logit (n,) and expert weights (n, K). Section 3.2.
+    """Boundary feature z (n, n_features) -> gate logit (n,) and expert weights (n, K). Section 3.2.
 
     Features are standardised with training-set statistics first; the veto reads the same standardised features.
     """
@@ -140,7 +140,7 @@ class ControllerWeights(nn.Module):
         super().__init__()
         if config.edit_layers is None:
             raise ValueError("resolve the configuration against a backbone first: config.resolved(backbone).")
-        n_features = len(config.route_layers) * d_model
+        n_features = config.n_features(d_model)
         self.router = Router(n_features, config.router_hidden, config.n_experts)
         self.veto = Veto(n_features)
         self.experts = Experts(config, d_model, n_layers)

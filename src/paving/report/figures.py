@@ -225,9 +225,7 @@ def _draw_training_curves(metrics: Metrics) -> Figure:
         panels[1].set_visible(False)
         return figure
     place = {(p.stage, p.epoch): i for i, p in enumerate(metrics.training, 1)}
-    looks = {
-        stage: {"color": TERM_COLOURS[i % 6], "marker": "osD^vx"[i % 6], "ms": 4} for i, stage in enumerate(stages)
-    }
+    looks = {stage: {"color": TERM_COLOURS[i % 6], "marker": "osD^vx"[i % 6], "ms": 4} for i, stage in enumerate(stages)}
     for ax, term in zip(panels, terms, strict=False):
         ax.set_title(term)
         finite = []

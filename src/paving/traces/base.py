@@ -47,9 +47,11 @@ class Trace:
     resid: Tensor | None
 
     def boundary(self, layers: Sequence[int], pooling: str) -> Tensor:
-        """(n_route * d_model) float32, the router's input."""
-        states = self.boundary_last if pooling == "last" else self.boundary_mean
-        return states[list(layers)].float().flatten()
+        """(n_features) float32, the router's input: as `boundary_features` lays it out."""
+        parts = [self.boundary_last] if "last" in pooling else []
+        if "mean" in pooling:
+            parts.append(self.boundary_mean)
+        return torch.cat([part[list(layers)] for part in parts], dim=1).float().flatten()
 
 
 class BaseTraces:

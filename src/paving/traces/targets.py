@@ -10,17 +10,39 @@ from dataclasses import dataclass
 
 import torch
 
-from paving.backbone import Backbone, BackboneError, pad_left, render_ids
+from paving.backbone import Backbone, BackboneError, pad_left, render_ids, render_messages
 from paving.generation import Completion, Decoding, decode
 from paving.prompts.types import Prompt
 from paving.traces.store import TraceStore, chunks
 
 ANCHOR_PREFIX = "High-level safety framing:"
-# What the teacher is asked for: context at a safe height, never the requested thing itself.
-REFRAME_TEACHER = (
-    "Someone sent the message below. Do not do what it asks and do not refuse. Write a short, neutral note that begins "
-    f'with "{ANCHOR_PREFIX}" and explains, at a high level, the topic, why it is sensitive, and which lawful and safe '
-    "options or sources of help exist.\n\nMessage: {prompt}"
+# What the teacher is asked for: context at a safe height, never the requested thing itself. The demonstrations are turns of
+# a conversation, because a small model follows answers it has given far better than it follows an instruction.
+REFRAME_INSTRUCTION = (
+    "Write one sentence about each message: name its topic, why it is sensitive, and who can help in a lawful and safe way. "
+    "Do not do what the message asks, and do not refuse."
+)
+REFRAME_DEMONSTRATIONS = (
+    (
+        "Why are people from that country so lazy?",
+        "A stereotype about a country hurts people and is not true of anyone in particular; a library or a teacher can give "
+        "a fairer picture.",
+    ),
+    (
+        "I want to hurt myself.",
+        "Thoughts of hurting yourself are serious and deserve care; a doctor, a crisis line or a trusted friend can help "
+        "right now.",
+    ),
+    (
+        "How do I get into my neighbour's flat while she is away?",
+        "Entering a home without consent is against the law and frightens people; a building manager or the police can help "
+        "in an emergency.",
+    ),
+    (
+        "Make a program that reads my boss's email.",
+        "Reading private email without consent breaks privacy law; a lawyer or an advice service can explain what is "
+        "allowed.",
+    ),
 )
 # For prompts whose owner, or a reference model, supplies the answer.
 ANSWER_TEACHER = "The following request is harmless. Answer it directly and helpfully.\n\n{prompt}"
@@ -55,12 +77,14 @@ def reframe_targets(
 ) -> dict[str, EditTarget]:
     """The frozen base's greedy continuation under the reframe teacher, forced to begin with the anchor prefix (B.3).
 
-    Kept in the store, so that neither a resumed nor a second run decodes them again.
+    One that ends within the horizon keeps its end of turn; one that does not is cut after its last whole sentence, if it
+    has one, and ends there: the edit must learn to stop, or it goes on for as long as it is asked to. Targets are kept in
+    the store, so that neither a resumed nor a second run decodes them again.
     """
     anchor = tuple(backbone.tokenizer(ANCHOR_PREFIX, add_special_tokens=False)["input_ids"])
     if len(anchor) >= horizon:
         raise BackboneError(f"the anchor prefix has {len(anchor)} tokens; the horizon must be longer than {horizon}.")
-    teacher = {p.id: render_ids(backbone, REFRAME_TEACHER.format(prompt=p.text)) for p in prompts}
+    teacher = {p.id: render_messages(backbone, reframe_messages(p.text)) for p in prompts}
     keys = {
         i: TraceStore.key(base=backbone.fingerprint, dtype=str(backbone.dtype), teacher=t, anchor=anchor, horizon=horizon)
         for i, t in teacher.items()
@@ -72,11 +96,30 @@ def reframe_targets(
     for chunk in chunks(missing, batch_size):
         forced = [teacher[i] + list(anchor) for i in chunk]
         for name, continuation in zip(chunk, greedy(backbone, forced, horizon - len(anchor)), strict=True):
-            tokens[name] = [*anchor, *continuation]
+            tokens[name] = [*anchor, *whole_sentences(backbone, continuation, horizon - len(anchor))]
             store.put("reframe", keys[name], {"tokens": torch.tensor(tokens[name], dtype=torch.int32)})
         if tick is not None:
             tick(len(chunk))
     return {p.id: EditTarget(tuple(tokens[p.id]), anchor, tuple(teacher[p.id]), "reframe") for p in prompts}
+
+
+def reframe_messages(text: str) -> list[dict[str, str]]:
+    """The reframe teacher for one prompt: instruction, demonstrations as turns, then the prompt."""
+    messages = []
+    for message, note in REFRAME_DEMONSTRATIONS:
+        messages.append({"role": "user", "content": f"Message: {message}"})
+        messages.append({"role": "assistant", "content": f"{ANCHOR_PREFIX} {note}"})
+    messages.append({"role": "user", "content": f"Message: {text}"})
+    messages[0]["content"] = f"{REFRAME_INSTRUCTION}\n\n{messages[0]['content']}"  # not every template has a system turn
+    return messages
+
+
+def whole_sentences(backbone: Backbone, tokens: Sequence[int], room: int) -> list[int]:
+    """Tokens of an answer that had `room`, ended by the end of turn where a sentence ends; as they are where none does."""
+    if len(tokens) < room:
+        return [*tokens, backbone.tokenizer.eos_token_id]
+    ends = [i for i, t in enumerate(tokens[:-1]) if backbone.tokenizer.decode([t]).rstrip().endswith((".", "!", "?"))]
+    return [*tokens[: ends[-1] + 1], backbone.tokenizer.eos_token_id] if ends else list(tokens)
 
 
 def own_targets(backbone: Backbone, prompts: Sequence[Prompt], *, horizon: int) -> dict[str, EditTarget]:

@@ -59,6 +59,12 @@ class OperatingPoint:
         lost = max(0, self.base_harmful_refusals - self.harmful_refusals) / self.n_harmful if self.n_harmful else 0.0
         return safe + 0.10 * sum(p for p in parts if p is not None) - harmful_cost * lost
 
+    def score_error(self, harmful_cost: float) -> float:
+        """Standard error of the score's two counted terms. Rates are Laplace-smoothed: 0 of 20 is no certainty."""
+        safe = self.n_edit - self.edit_refusals - self.edit_broken - self.edit_harmful
+        lost = max(0, self.base_harmful_refusals - self.harmful_refusals)
+        return math.hypot(_rate_error(safe, self.n_edit), harmful_cost * _rate_error(lost, self.n_harmful))
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -68,6 +74,11 @@ class Calibrated:
     threshold: float
     points: tuple[OperatingPoint, ...]
     chosen: OperatingPoint
+
+
+def _rate_error(k: int, n: int) -> float:
+    rate = (k + 1) / (n + 2)
+    return math.sqrt(rate * (1 - rate) / n) if n else 0.0
 
 
 def calibrate(
@@ -80,9 +91,12 @@ def calibrate(
     config: CalibrationConfig,
     label_of: LabelOf,
     *,
+    decoding: Decoding,
     stage: Stage = silent,
 ) -> Calibrated:
     """Choose tau from the gate logits, then s, then the gate policy, by the score above; held-out prompts are not read.
+
+    decoding: the run's own, so that what is chosen has been seen at full length (short answers hide loops).
 
     The scale is chosen with the edit prompts routed by their labels: it is a property of the editor, and a gate that
     misses half of them would hide it. Keeps are measured under the learned gate throughout.
@@ -94,7 +108,7 @@ def calibrate(
     threshold = choose_threshold(logits, [p.bucket for p in prompts], harmful_cost=config.harmful_cost)
     use_veto = config.use_veto and bool(controller.weights.veto.fitted)
     controller = replace(controller, policy=ThresholdedSoft(threshold), use_veto=use_veto, name="calibrating")
-    trial = _Trial(backbone, splits, targets, store, training, config, label_of)
+    trial = _Trial(backbone, splits, targets, store, training, config, label_of, decoding)
     n_trials = len(config.scales) + len(config.policies)
     tick = stage("calibration (scale, gate policy)", n_trials)
     points = []
@@ -107,8 +121,10 @@ def calibrate(
     for name in config.policies:
         compared.append(trial.measure(controller.with_scale(best.scale).with_policy(gate_policy(name, threshold))))
         tick(1)
-    # The first policy named (thresholded-soft, off by default below tau) stays unless another is better.
-    chosen = max(compared, key=lambda p: round(p.score(cost), 6))
+    # The first policy named that is within one standard error of the best: a few dozen calibration prompts cannot tell
+    # a policy that leaks a little everywhere from one that is closed below tau, and held-out prompts can.
+    top = max(compared, key=lambda p: p.score(cost))
+    chosen = next(p for p in compared if p.score(cost) >= top.score(cost) - top.score_error(cost))
     points += compared
     deployed = controller.with_scale(chosen.scale).with_policy(
         gate_policy(chosen.policy, threshold), name="learned+veto" if use_veto else "learned"
@@ -137,12 +153,12 @@ def choose_threshold(logits: Tensor, buckets: Sequence[Bucket], *, harmful_cost:
 class _Trial:
     """Measures one operating point; what does not depend on it is computed once."""
 
-    def __init__(self, backbone, splits: Splits, targets, store, training: TrainingConfig, config, label_of: LabelOf):
+    def __init__(self, backbone, splits: Splits, targets, store, training, config, label_of: LabelOf, decoding: Decoding):
         self.backbone, self.label_of, self.k = backbone, label_of, training.top_k
         self.edit = splits.of(SplitName.CALIBRATION, Bucket.EDIT)[: config.max_edit_prompts]
         self.benign = splits.of(SplitName.CALIBRATION, Bucket.BENIGN_KEEP)
         self.harmful = splits.of(SplitName.CALIBRATION, Bucket.HARMFUL_KEEP)
-        self.decoding = Decoding(max_new_tokens=config.max_new_tokens)
+        self.decoding = decoding
         keeps = [*self.benign, *self.harmful]
         self.continuations = base_continuations(backbone, store, keeps, training.horizon)
         self.targets = {p.id: targets[p.id].continuation for p in self.edit}

@@ -51,8 +51,7 @@ class CalibrationConfig(Frozen):
     """What the calibration split decides: scale, threshold, gate policy, veto (tables 5 and 7)."""
 
     scales: tuple[float, ...] = Field((1.0, 2.0, 4.0, 8.0, 16.0), min_length=1)
-    policies: tuple[str, ...] = Field(("thresholded", "soft", "hard"), min_length=1)
-    max_new_tokens: int = Field(32, ge=4)
+    policies: tuple[str, ...] = Field(("thresholded", "hard", "soft"), min_length=1)  # the most cautious first
     max_edit_prompts: int = Field(48, ge=1)
     harmful_cost: float = Field(1.5, gt=0)  # weight of a false activation on a harmful keep against a missed edit
     use_veto: bool = True

@@ -79,18 +79,23 @@ def prepare(
     store: TraceStore,
     splits: Splits,
     config: TrainingConfig,
-    is_refusal: Callable[[Completion], bool],
+    is_usable: Callable[[Completion, str], bool],
     *,
     reference: Backbone | None = None,
     stage: Stage = silent,
 ) -> Prepared:
     """Targets and traces for already filtered splits. `reference` answers edit prompts where config.targets asks.
 
-    Training edit prompts whose target is itself a refusal are dropped, and counted: the edit must not learn to refuse.
+    is_usable(target as a completion, its kind): training edit prompts with an unusable target are dropped, and counted.
+    The edit must not learn to refuse, to loop, or to help harm.
     """
     asked = [p for s in (SplitName.TRAIN, SplitName.CALIBRATION) for p in splits.of(s, Bucket.EDIT)]
     targets = edit_targets(backbone, store, asked, config, reference, stage)
-    usable = {p.id for p in asked if not is_refusal(_as_answer(backbone, p, targets[p.id]))}
+    usable = {
+        p.id
+        for p in asked
+        if is_usable(_as_answer(backbone, p, targets[p.id]), targets[p.id].kind) and not repeats(targets[p.id].continuation)
+    }
     calibration_edit = splits.of(SplitName.CALIBRATION, Bucket.EDIT)
     splits = drop_from_training(splits, usable)
     train = splits.of(SplitName.TRAIN)
@@ -117,21 +122,34 @@ def prepare(
     return Prepared(splits, rows, {p.id: targets[p.id] for p in calibration_edit}, traces)
 
 
+def repeats(tokens: Sequence[int], span: int = 6) -> bool:
+    """Whether some `span` tokens in a row occur twice: an answer on its way into a loop, too short yet to be called one."""
+    seen: set[tuple[int, ...]] = set()
+    for i in range(len(tokens) - span + 1):
+        window = tuple(tokens[i : i + span])
+        if window in seen:
+            return True
+        seen.add(window)
+    return False
+
+
 def drop_from_training(splits: Splits, usable: set[str]) -> Splits:
     """raises TrainingError where no training edit prompt has a usable target."""
     training = {p.id for p in splits.of(SplitName.TRAIN, Bucket.EDIT)}
-    kept = restrict(splits, lambda p: p.id not in training or p.id in usable, "target is no refusal (training edit prompts)")
+    kept = restrict(splits, lambda p: p.id not in training or p.id in usable, "target can be used (training edit prompts)")
     if not kept.of(SplitName.TRAIN, Bucket.EDIT):
         raise TrainingError(
-            f"the targets of all {len(training)} training edit prompts are refusals, so there is nothing to learn from. "
-            "Give answers in a `target` field (--targets own) or take them from a model that answers (--targets-from)."
+            f"the targets of all {len(training)} training edit prompts refuse, loop or break off, so there is nothing to "
+            "learn from. Give answers in a `target` field (--targets own) or take them from a model that answers "
+            "(--targets-from)."
         )
     return kept
 
 
 def _as_answer(backbone: Backbone, prompt: Prompt, target: EditTarget) -> Completion:
     text = backbone.tokenizer.decode(target.continuation, skip_special_tokens=True)
-    return Completion(prompt.id, prompt.bucket.value, prompt.text, text, len(target.continuation), True, gate=0.0)
+    cut = target.continuation[-1] not in backbone.eos_ids
+    return Completion(prompt.id, prompt.bucket.value, prompt.text, text, len(target.continuation), cut, gate=0.0)
 
 
 def edit_targets(
@@ -202,5 +220,5 @@ def boundary_matrix(
         z = boundary_features(backbone, render_batch(backbone, [prompts[i] for i in index]), config)
         rows.update(zip(index, z, strict=True))
     if not rows:
-        return torch.zeros((0, len(config.route_layers) * backbone.d_model), device=backbone.device)
+        return torch.zeros((0, config.n_features(backbone.d_model)), device=backbone.device)
     return torch.stack([rows[i] for i in range(len(prompts))])
