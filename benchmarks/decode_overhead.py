@@ -43,10 +43,20 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from paired import ModelSize, Ratio, machine, machine_line, model_size, ratio_over_rounds, rotated_rounds, synchronise
+from paired import (
+    ModelSize,
+    Ratio,
+    lively_controller,
+    machine,
+    machine_line,
+    model_size,
+    ratio_over_rounds,
+    rotated_rounds,
+    synchronise,
+)
 from paving.backbone import EMBEDDED, Backbone, PromptBatch, as_backbone, load_backbone
 from paving.backbone.hooks import contiguous_head_input
-from paving.controller import AlwaysOpen, Closed, ControllerConfig, ResidualPaving, fresh_controller
+from paving.controller import AlwaysOpen, Closed, ResidualPaving
 
 BARS = {"closed": 1.02, "open": 1.10}
 LORA_RANK, LORA_TARGET = 16, "down_proj"
@@ -100,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
 
     backbone = load_backbone(args.model, dtype=args.dtype)
-    controller = random_controller(backbone)
+    controller = lively_controller(backbone).with_scale(1.0)
+    controller.weights.eval().requires_grad_(False)
     every_variant = variants(backbone, controller)
     results = []
     for n in args.batch:
@@ -133,18 +144,6 @@ def missing_comparators() -> list[str]:
 
 
 # --- the variants ---
-
-
-def random_controller(backbone: Backbone) -> ResidualPaving:
-    """The default shape with weights that edit: small enough for fluent states, none of them zero."""
-    controller = fresh_controller(backbone, ControllerConfig(), seed=0).with_scale(1.0)
-    generator = torch.Generator().manual_seed(0)
-    experts = controller.weights.experts
-    with torch.no_grad():
-        drawn = torch.randn(experts.w_out.shape, generator=generator) * 0.02
-        experts.w_out.copy_(drawn.to(experts.w_out.device))
-    controller.weights.eval().requires_grad_(False)
-    return controller
 
 
 def variants(backbone: Backbone, controller: ResidualPaving) -> list[Variant]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from paving.backbone import Backbone
 from paving.backbone.layers import text_config
+from paving.controller import ControllerConfig, ResidualPaving, fresh_controller
 
 
 @dataclass(frozen=True)
@@ -113,3 +114,14 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def lively_controller(backbone: Backbone) -> ResidualPaving:
+    """The default shape with weights that edit: small enough for fluent states. At its start of zero, W_out would edit
+    nothing and give the other expert weights no gradient."""
+    controller = fresh_controller(backbone, ControllerConfig(), seed=0)
+    experts = controller.weights.experts
+    with torch.no_grad():
+        drawn = torch.randn(experts.w_out.shape, generator=torch.Generator().manual_seed(0)) * 0.02
+        experts.w_out.copy_(drawn.to(experts.w_out.device))
+    return controller

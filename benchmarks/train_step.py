@@ -39,9 +39,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from paired import ModelSize, machine, machine_line, model_size, ratio_over_rounds, rotated_rounds, synchronise
+from paired import (
+    ModelSize,
+    lively_controller,
+    machine,
+    machine_line,
+    model_size,
+    ratio_over_rounds,
+    rotated_rounds,
+    synchronise,
+)
 from paving.backbone import EMBEDDED, Backbone, load_backbone
-from paving.controller import ControllerConfig, ResidualPaving, fresh_controller
+from paving.controller import ResidualPaving
 from paving.controller.weights import Edit, Experts, Router
 from paving.prompts.types import Bucket
 from paving.traces.base import BaseTraces, Forced, forced_batch
@@ -170,7 +179,8 @@ def bench(backbone: Backbone, length: int, args: argparse.Namespace, folder: Pat
     print(f"{length} prompt tokens: tracing the base ({backbone.dtype})", file=sys.stderr)
     cached.build([*rows.edit, *rows.teacher.values()], with_resid=True)
     cached.build([*rows.benign_keep, *rows.harmful_keep])
-    controller = random_controller(backbone)
+    controller = lively_controller(backbone)
+    controller.weights.train().requires_grad_(True)
     weights = controller.weights
     boundary = boundary_of(cached, rows.all(), controller.config, backbone.device)
     standardise(weights.router, boundary.z)
@@ -188,18 +198,6 @@ def bench(backbone: Backbone, length: int, args: argparse.Namespace, folder: Pat
         config=TrainingConfig(horizon=args.horizon, rows_per_step=tuple(args.rows)),
         optimiser=torch.optim.Adam(parameters, lr=0.0),
     )
-
-
-def random_controller(backbone: Backbone) -> ResidualPaving:
-    """The default shape; W_out is drawn too, since at its start of zero the other expert weights have no gradient."""
-    controller = fresh_controller(backbone, ControllerConfig(), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    experts = controller.weights.experts
-    with torch.no_grad():
-        drawn = torch.randn(experts.w_out.shape, generator=generator) * 0.02
-        experts.w_out.copy_(drawn.to(experts.w_out.device))
-    controller.weights.train().requires_grad_(True)
-    return controller
 
 
 def random_rows(backbone: Backbone, length: int, counts: Sequence[int], horizon: int) -> TrainingRows:

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from paving.cli import app, layers
 from paving.controller import ThresholdedSoft, save_controller
+from paving.run_folder import RunConfig, open_run
+from paving.training.config import TrainingConfig
 from tiny_models import lively, tiny_backbone, tiny_model, tiny_tokenizer
 
 runner = CliRunner()
@@ -119,24 +121,25 @@ def test_a_folder_that_is_no_run_folder_is_refused(tmp_path):
 
 def test_a_run_folder_of_another_configuration_is_refused_and_left_as_it_is(tmp_path):
     run = tmp_path / "run"
-    refused("train", "--out", run, "--model", "./no-such-model", "--seed", 1)
+    open_run(RunConfig(model="./no-such-model", split_seed=1, training=TrainingConfig(seed=1)), run)
     before = tree(run)
     assert "config.json" in before
     line = refused("train", "--out", run, "--model", "./no-such-model", "--seed", 2)
-    assert "belongs to another configuration (split_seed: 1 there, 2 asked" in line
+    assert "belongs to another configuration (split_seed: 1 there, 2 asked; training.seed: 1 there, 2 asked)" in line
     assert "nothing was changed" in line
     assert tree(run) == before
 
 
 def test_evaluation_without_a_controller_says_how_to_train_one(tmp_path):
     run = tmp_path / "run"
-    refused("train", "--out", run, "--model", "./no-such-model")
+    open_run(RunConfig(model="./no-such-model"), run)
     assert "has no finished controller. Train it first: paving train --out" in refused("eval", run)
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path):
+def test_a_model_that_is_not_there_is_named_and_leaves_no_run_folder(tmp_path):
     line = refused("train", "--out", tmp_path / "run", "--model", "./no-such-model")
     assert "there is no model folder ./no-such-model" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -188,6 +191,7 @@ def test_a_malformed_prompt_file_is_named_with_its_line(tmp_path, checkpoint, co
 def test_a_layer_that_the_model_does_not_have_is_refused_before_any_work(tmp_path, checkpoint):
     line = refused("train", "--out", tmp_path / "run", "--model", checkpoint, "--device", "cpu", "--route-layers=1-9")
     assert "route layer 6 does not exist" in line and "has layers 0..5" in line
+    assert not (tmp_path / "run").exists()  # the corrected command can use the same --out
 
 
 @pytest.fixture

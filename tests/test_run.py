@@ -86,7 +86,7 @@ def test_a_run_folder_holds_everything_that_a_reader_needs(finished):
 def test_every_filter_is_counted_before_and_after(finished):
     _, metrics = finished
     stages = {c["filter"] for c in metrics.filters}
-    assert {"base refuses (edit prompts)", "target is no refusal (training edit prompts)"} <= stages
+    assert {"base refuses (edit prompts)", "target can be used (training edit prompts)"} <= stages
     assert all(set(c) >= {"before", "after", "split"} for c in metrics.filters)
 
 
@@ -141,6 +141,7 @@ def test_layers_out_of_range_are_refused_before_any_trace_is_made(setting, tmp_p
     wrong = setting[0].model_copy(update={"controller": ControllerConfig(route_layers=(99,))})
     with pytest.raises(ValueError, match="layer 99 does not exist"):
         runs.train(wrong, tmp_path / "run", setting[1], WordJudge())
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_report_can_be_written_again_without_a_model(finished):

@@ -30,7 +30,7 @@ from paving.prompts.splits import split_prompts
 from paving.prompts.starter_set import starter_prompts
 from paving.prompts.types import Bucket, Prompt, PromptError, SplitName, Splits, count_by_bucket
 from paving.report import Example, write_report
-from paving.run_folder import STARTER, RunConfig, RunError, open_run, read_config, write_json, write_text
+from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json, write_text
 from paving.traces.store import TraceStore
 from paving.training.calibrate import OperatingPoint, calibrate
 from paving.training.prepare import boundary_matrix, check_reference, filter_base_refused, prepare
@@ -66,9 +66,10 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     """Fit, calibrate and save a controller into `folder`; finished stages are taken from there."""
     judge = judge or RuleJudge()
     split = split_of(config)  # a malformed prompt file is refused before a model is loaded or a folder made
-    open_run(config, folder)
+    check_run(config, folder)
     backbone = means.load(config.model, config.dtype)
     config.controller.resolved(backbone)  # and a wrong layer before minutes are spent on traces
+    open_run(config, folder)
     store = means.store()
     splits = filtered(split, config, backbone, store, folder, judge, means)
     if (folder / "controller" / "controller.json").exists():

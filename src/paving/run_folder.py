@@ -48,8 +48,8 @@ class RunConfig(BaseModel):
     allow_leakage: bool = False
 
 
-def open_run(config: RunConfig, folder: Path) -> None:
-    """Create the folder, or check that it belongs to this configuration. raises RunError if it does not."""
+def check_run(config: RunConfig, folder: Path) -> None:
+    """raises RunError where the folder belongs to another configuration or is no run folder. Creates nothing."""
     path = folder / "config.json"
     if path.exists():
         there = read_config(folder)
@@ -58,9 +58,16 @@ def open_run(config: RunConfig, folder: Path) -> None:
                 f"{folder} belongs to another configuration ({difference(there, config)}). "
                 "Give another --out folder; nothing was changed."
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} holds files but no config.json, so it is no run folder. Give another --out folder.")
+
+
+def open_run(config: RunConfig, folder: Path) -> None:
+    """Create the folder, or go on in one of this configuration. raises RunError as `check_run` does."""
+    check_run(config, folder)
+    path = folder / "config.json"
+    if path.exists():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,8 +91,25 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def difference(a: RunConfig, b: RunConfig) -> str:
-    one, two = a.model_dump(mode="json"), b.model_dump(mode="json")
-    return "; ".join(f"{k}: {one[k]!r} there, {two[k]!r} asked" for k in one if one[k] != two[k])[:600]
+    """`training.seed: 0 there, 1 asked`: the settings that differ, at most five of them, long values cut."""
+    one, two = _leaves(a.model_dump(mode="json")), _leaves(b.model_dump(mode="json"))
+    differing = [name for name in one | two if one.get(name) != two.get(name)]
+    told = [f"{name}: {_short(one.get(name))} there, {_short(two.get(name))} asked" for name in differing[:5]]
+    if len(differing) > len(told):
+        told.append(f"and {len(differing) - len(told)} more")
+    return "; ".join(told)
+
+
+def _leaves(values: dict, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in values.items():
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _short(value: object, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def environment() -> dict[str, object]:
