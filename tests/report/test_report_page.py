@@ -142,12 +142,16 @@ def test_the_finding_says_what_the_table_says(metrics):
 
 def test_all_three_tables_hold_the_same_cells(metrics, source):
     markdown = three_way_markdown(metrics)
-    console = Console(width=200, record=True, file=StringIO())
+    console = Console(width=80, record=True, file=StringIO())
     console.print(three_way_table(metrics))
     terminal, text = console.export_text(), Parsed(source).text
-    for cells in tables.three_way(metrics).rows:
-        for cell in cells:
-            assert cell.text in markdown and cell.text in terminal and cell.text in text
+    table = tables.three_way(metrics)
+    for cells in table.rows:
+        for column, cell in zip(table.columns, cells, strict=True):
+            assert cell.text in markdown and cell.text in text
+            if column != "kind":  # a terminal of 80 columns has an interval under its rate and no room for the kind
+                assert all(part in terminal for part in re.split(r" (?=\[|\(n=)", cell.text))
+    assert "…" not in terminal
     assert {line.count("|") for line in markdown.splitlines()} == {8}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -61,13 +63,18 @@ def three_way(metrics: Metrics) -> Table:
 def three_way_table(metrics: Metrics) -> RichTable:
     """The main table for a terminal."""
     table = three_way(metrics)
-    title = f"{metrics.run}: {metrics.model}, seed {metrics.seed}, judge {metrics.judge}"
-    # Text, not str: rich would read the brackets of a name as markup.
-    shown = RichTable(title=Text(title))
+    title = f"{metrics.run}: {metrics.model}, seed {metrics.seed}, judge {metrics.judge}; percent"
+    # Text, not str: rich would read the brackets of a name as markup. Intervals on a line of their own fit 80 columns.
+    shown = RichTable(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    kinds = table.columns.index("kind")
     for i, column in enumerate(table.columns):
-        shown.add_column(Text(column), justify="left" if i < 2 else "right")
+        if i != kinds:
+            heading = column.replace(" % [CI]", "").replace(" %", "")
+            heading = re.sub(r" (?=pres|refusal|Δ)", "\n", heading)
+            shown.add_column(Text(heading), justify="left" if i == 0 else "right", no_wrap=True)
     for row in table.rows:
-        shown.add_row(*(Text(cell.text) for cell in row))
+        cells = [cell.text.replace(" [", "\n[").replace(" (n=", "\n(n=") for i, cell in enumerate(row) if i != kinds]
+        shown.add_row(*map(Text, cells), style="dim" if row[kinds].text == "diagnostic" else None)
     return shown
 
 
