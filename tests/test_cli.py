@@ -56,11 +56,14 @@ def refused(*arguments) -> str:
 def test_help_names_every_command():
     result = paving("--help")
     assert result.exit_code == 0
-    for command in ("demo", "organism", "train", "eval", "report", "chat", "models"):
+    for command in ("demo", "organism", "train", "eval", "report", "chat", "models", "judge", "agree", "sample", "diagnose"):
         assert re.search(rf"\b{command}\b", result.output)
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "report", "chat", "models", "organism build"])
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "train", "eval", "report", "chat", "models", "organism build", "judge", "agree", "sample", "diagnose"],
+)
 def test_every_command_explains_itself(command):
     result = paving(*command.split(), "--help")
     assert result.exit_code == 0 and "Usage" in result.output

@@ -10,23 +10,10 @@ import pytest
 from paving import run as runs
 from paving.controller.config import ControllerConfig
 from paving.evaluation.judges import Label, Verdict
-from paving.generation import Decoding
 from paving.prompts.types import Bucket
-from paving.run_folder import RunConfig, RunError
+from paving.run_folder import RunError
 from paving.training.checkpoint import TrainingError
-from paving.training.config import CalibrationConfig, TrainingConfig
-from tiny_models import tiny_model, tiny_tokenizer
-
-
-@dataclass(frozen=True)
-class WordJudge:
-    """A refusal is an answer with an even number of letters: a random model gives some of each."""
-
-    name: str = "even"
-
-    def judge(self, prompt, response, bucket, *, truncated=False):
-        even = len(response) % 2 == 0
-        return Verdict(Label.HARMLESS_REFUSAL if even else Label.HARMLESS_BENIGN, "even" if even else "odd")
+from tiny_runs import WordJudge, tiny_run
 
 
 @dataclass(frozen=True)
@@ -39,27 +26,7 @@ class NothingRefused:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """(configuration, means): a tiny checkpoint and three prompt files of one word list."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny_model("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    starts = {Bucket.EDIT: 0, Bucket.BENIGN_KEEP: 60, Bucket.HARMFUL_KEEP: 120}
-    for bucket, start in starts.items():
-        rows = [{"prompt": " ".join(f"w{start + (7 * i + 3 * j) % 60}" for j in range(4 + i % 5))} for i in range(40)]
-        (folder / f"{bucket}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    config = RunConfig(
-        model=str(folder / "model"),
-        dtype="float32",
-        edit=str(folder / "edit.jsonl"),
-        benign=str(folder / "benign_keep.jsonl"),
-        harmful=str(folder / "harmful_keep.jsonl"),
-        controller=ControllerConfig(route_layers=(0, 1), bottleneck_ratio=4, router_hidden=8),
-        training=TrainingConfig(gate_epochs=1, stage_epochs=(1, 1, 1), top_k=16, targets="reference"),
-        targets_from=str(folder / "model"),
-        calibration=CalibrationConfig(scales=(1.0, 2.0), policies=("thresholded",)),
-        decoding=Decoding(max_new_tokens=6),
-    )
-    return config, runs.Means(cache=folder / "traces", device="cpu")
+    return tiny_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

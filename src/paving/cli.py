@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from paving import cli_judge
+from paving.terminal import AsJson, err, one_line_errors, out
 
 # Before torch is imported: a waiting OpenMP thread spins briefly, then sleeps. Endless spinning (the default) makes
 # small matrix products up to ten times slower where cores are virtual or shared. A user's own setting stays.
@@ -26,47 +26,12 @@ app = typer.Typer(
 organism_app = typer.Typer(help="Model organisms: make a small model refuse cautiously.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")
 
-out = Console()
-err = Console(stderr=True)
-
 Cache = Annotated[Path | None, typer.Option(help="Where base traces are kept. Default: the user cache.")]
 CacheGib = Annotated[float, typer.Option(min=0, help="Most the trace cache may hold; beyond it, prompt KV is rebuilt.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16")]
 TrustRemote = Annotated[bool, typer.Option(help="Let a model repository run its own code. Off unless you ask.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Force = Annotated[bool, typer.Option(help="Overwrite what is there.")]
-
-
-def one_line_errors(command: Callable) -> Callable:
-    """A bad input is one clear line and exit code 1; Ctrl-C says what is kept and is exit code 130."""
-
-    @wraps(command)
-    def wrapped(*args, **kwargs):
-        from pydantic import ValidationError
-
-        try:
-            return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            err.print("[yellow]Interrupted.[/] What was finished is kept; the same command goes on from there.")
-            raise typer.Exit(130) from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(p) for p in first["loc"])
-            fail(f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}")
-        except (ValueError, RuntimeError, OSError) as error:
-            if type(error) is RuntimeError:  # a bug or the framework's own: its traceback is the report
-                raise
-            fail(str(error))
-
-    return wrapped
-
-
-def fail(message: str) -> NoReturn:
-    """One line on stderr, whatever the width of the terminal, and exit code 1."""
-    err.print("[red]Error:[/]", end=" ")
-    err.print(message, highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(1) from None
 
 
 @app.command()
@@ -185,6 +150,31 @@ def report(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 @app.command()
 @one_line_errors
+def diagnose(
+    folder: Annotated[Path, typer.Argument(help="Evaluated run folder.")],
+    device: Device = "auto",
+    cache: Cache = None,
+    cache_gib: CacheGib = 8.0,
+    trust_remote_code: TrustRemote = False,
+    as_json: AsJson = False,
+) -> None:
+    """Why the numbers are what they are: a corrupted router, where the edit moves, where the buckets separate."""
+    from paving.diagnose import diagnose as diagnose_run
+    from paving.report import trajectory_sentence
+
+    with progress(quiet=as_json) as (stage, watch, say):
+        means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
+        found = diagnose_run(folder, means)
+    if as_json:
+        print(found.model_dump_json(indent=1))
+        return
+    out.print(found.corruption_conclusion)
+    out.print(trajectory_sentence(found))
+    out.print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+@one_line_errors
 def chat(
     folder: Annotated[Path, typer.Argument(help="Run folder or controller folder.")],
     model: Annotated[str | None, typer.Option(help="The base, if it moved since training.")] = None,
@@ -223,6 +213,10 @@ def models(as_json: AsJson = False) -> None:
         table.add_row(p.model, f"{p.route_layers[0]}-{p.route_layers[-1]}", f"{first}-{last}", scale, p.source)
     out.print(table)
     out.print("Any other decoder-only Hugging Face model works too: route 1-4, edit every layer after.")
+
+
+for command in (cli_judge.judge, cli_judge.agree, cli_judge.sample):
+    app.command()(command)
 
 
 # --- from options to configuration ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from paving.controller.card import write_card
 from paving.controller.gates import Oracle, gate_policy
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import fresh_controller, load_controller, read_description, save_controller
+from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Judge, Label, RuleJudge
 from paving.evaluation.results import Metrics, ScalePoint, Score, TrainingPoint
 from paving.evaluation.routing import router_diagnostics, threshold_curve
@@ -168,7 +169,19 @@ def report(folder: Path) -> Path:
         metrics = Metrics.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path} is damaged or of another version. Evaluate again: paving eval {folder}") from error
-    return write_report(metrics, folder / "report.html", examples=examples_of(folder, [r.name for r in metrics.rows]))
+    examples = examples_of(folder, [r.name for r in metrics.rows])
+    return write_report(metrics, folder / "report.html", examples=examples, diagnostics=diagnostics_of(folder))
+
+
+def diagnostics_of(folder: Path) -> Diagnostics | None:
+    """What `paving diagnose` found in this run; None where it was not asked."""
+    path = folder / "diagnostics.json"
+    if not path.exists():
+        return None
+    try:
+        return Diagnostics.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged or of another version. Diagnose again: paving diagnose {folder}") from error
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def _draw_thresholds(ax: Axes, metrics: Metrics) -> None:
     ax.set_title("Gate threshold: what opening it costs")
     sweep = sorted(metrics.thresholds, key=lambda point: point.threshold)
     if all(point.active.get(Bucket.EDIT) is None for point in sweep):
-        _nothing(ax, "thresholds")
+        nothing(ax, "thresholds")
         return
     edit = _percents(point.active.get(Bucket.EDIT) for point in sweep)
     for bucket, marker in ((Bucket.HARMFUL_KEEP, "s"), (Bucket.BENIGN_KEEP, "o")):
@@ -135,7 +135,7 @@ def _draw_scales(ax: Axes, metrics: Metrics) -> None:
     ax.set_title("Scale: what strength costs (calibration)")
     sweep = sorted(metrics.scales, key=lambda point: point.scale)
     if not sweep:
-        _nothing(ax, "scales")
+        nothing(ax, "scales")
         return
     steps = range(len(sweep))  # evenly spaced: a sweep of 1, 2, 4, .. 16 would crowd its small scales together
     edit, benign, harmful = (COLOURS[bucket] for bucket in Bucket)
@@ -172,7 +172,7 @@ def _draw_gate_histograms(metrics: Metrics) -> Figure:
         ax.set_title(f"{BUCKET_NAMES[bucket].capitalize()} (n={len(values)})")
         ax.grid(axis="x", visible=False)
         if not values:
-            _nothing(ax, "gate probabilities", keep_x=True)
+            nothing(ax, "gate probabilities", keep_x=True)
             continue
         counts, _ = np.histogram(np.clip(values, 0, 1), edges)
         share = 100 * counts / len(values)
@@ -193,8 +193,8 @@ def _draw_reliability(metrics: Metrics) -> Figure:
     bottom.set(xlim=(-0.02, 1.02), xlabel="gate probability")
     filled = [b for b in router.reliability if b.n and b.mean_probability is not None and b.edit_share is not None]
     if not filled:
-        _nothing(top, "bins")
-        _nothing(bottom, "bins")
+        nothing(top, "bins")
+        nothing(bottom, "bins")
         return figure
     top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (1, 3)))
     colour = COLOURS[Bucket.EDIT]
@@ -221,7 +221,7 @@ def _draw_training_curves(metrics: Metrics) -> Figure:
     figure = new_figure(height=0.9 + 1.55 * n_rows)
     panels = figure.subplots(n_rows, 2, squeeze=False, sharex=True).flatten()
     if not terms:
-        _nothing(panels[0], "epochs")
+        nothing(panels[0], "epochs")
         panels[1].set_visible(False)
         return figure
     place = {(p.stage, p.epoch): i for i, p in enumerate(metrics.training, 1)}
@@ -249,7 +249,7 @@ def _draw_training_curves(metrics: Metrics) -> Figure:
     return figure
 
 
-def _nothing(ax: Axes, what: str, *, keep_x: bool = False) -> None:
+def nothing(ax: Axes, what: str, *, keep_x: bool = False) -> None:
     """An empty panel says so; an empty pair of axes would look like zeros."""
     ax.grid(visible=False)
     # Hidden, not removed: panels that share an axis share its ticks, and the others may have data.

@@ -11,10 +11,11 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from paving.evaluation.diagnostics.records import Diagnostics, Spread
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics, Rate, Row
 from paving.prompts.types import Bucket
-from paving.report import figures, tables
+from paving.report import diagnostic_figures, figures, tables
 from paving.report.tables import percent, points
 
 REDACTED = "[redacted: judged HARMFUL; kept only in the local run folder]"
@@ -41,9 +42,16 @@ class Example:
     veto: bool | None = None
 
 
-def write_report(metrics: Metrics, path: Path, *, examples: Sequence[Example] = (), title: str | None = None) -> Path:
+def write_report(
+    metrics: Metrics,
+    path: Path,
+    *,
+    examples: Sequence[Example] = (),
+    title: str | None = None,
+    diagnostics: Diagnostics | None = None,
+) -> Path:
     """Write the page of a run to `path`, which holds either the old page or the whole new one, never a part of it."""
-    page = render(metrics, examples=examples, title=title)
+    page = render(metrics, examples=examples, title=title, diagnostics=diagnostics)
     # A model may emit half a surrogate pair, which UTF-8 cannot hold.
     return _write_atomically(Path(path), page.encode("utf-8", errors="replace"))
 
@@ -57,7 +65,13 @@ def write_picture(metrics: Metrics, path: Path) -> Path:
     return _write_atomically(path, figures.picture(metrics, file_format))
 
 
-def render(metrics: Metrics, *, examples: Sequence[Example] = (), title: str | None = None) -> str:
+def render(
+    metrics: Metrics,
+    *,
+    examples: Sequence[Example] = (),
+    title: str | None = None,
+    diagnostics: Diagnostics | None = None,
+) -> str:
     """The source of the page. HARMFUL texts are gone before the template sees anything."""
     template = files("paving.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     # Autoescape by hand: the suffix .j2 would not switch it on, and prompts are written by strangers.
@@ -76,6 +90,7 @@ def render(metrics: Metrics, *, examples: Sequence[Example] = (), title: str | N
             "reliability": Markup(figures.reliability(metrics)),
             "training": Markup(figures.training_curves(metrics)),
         },
+        diagnostics=diagnostics and diagnostics_section(diagnostics),
         three_way=tables.three_way(metrics),
         labels=tables.label_counts(metrics),
         gates=tables.gates(metrics),
@@ -83,6 +98,42 @@ def render(metrics: Metrics, *, examples: Sequence[Example] = (), title: str | N
         filters=tables.filter_counts(metrics),
         example_groups=group_examples(redact(examples), metrics),
     )
+
+
+def diagnostics_section(found: Diagnostics) -> dict[str, object]:
+    """What the page says and draws of `paving diagnose`; the section is left out of a run that was not diagnosed."""
+    return {
+        "corruption": found.corruption_conclusion,
+        "trajectory": trajectory_sentence(found),
+        "late": tables.late_refusals(found),
+        "figures": {
+            "corrupted": Markup(diagnostic_figures.corrupted_router(found)),
+            "trajectory": Markup(diagnostic_figures.trajectory(found)),
+            "probes": Markup(diagnostic_figures.separability(found)),
+        },
+    }
+
+
+def trajectory_sentence(found: Diagnostics) -> str:
+    """Table 4 of the paper in one sentence, whichever way it points."""
+    t = found.trajectory
+    if t.gap.mean is None:
+        return f"No edit prompt had an open gate ({t.n_closed} closed), so there is no trajectory to look at: n/a (n=0)."
+    reduction = tables.missing() if t.nll_reduction is None else f"{100 * t.nll_reduction:.1f}%"
+    towards = (
+        "more towards the edit target than towards" if t.gap.mean > 0 else "no more towards the edit target than towards"
+    )
+    return (
+        f"On the {t.edit.n} edit prompts with an open gate ({t.n_closed} closed) the edit moves the residual stream "
+        f"{towards} a refusal: mean cosine {_spread(t.edit)} against {_spread(t.refusal)}, paired gap {_spread(t.gap)}. "
+        f"The edit target's NLL falls by {reduction}."
+    )
+
+
+def _spread(s: Spread) -> str:
+    if s.mean is None:
+        return tables.missing()
+    return f"{s.mean:.3f}" + (f" ± {s.sd:.3f}" if s.sd is not None else "")
 
 
 def redact(examples: Sequence[Example]) -> list[Example]:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics, Rate, Row, Score
 from paving.prompts.types import Bucket
@@ -98,6 +99,21 @@ def label_counts(metrics: Metrics) -> Table:
             cells = [count_cell(counts.get(label, 0) if n else None) for label in labels]
             rows.append((Cell(row.name, row.name), _bucket_cell(bucket), Cell(str(n), n), *cells))
     return Table(("row", "bucket", "n", *labels), tuple(rows))
+
+
+def late_refusals(found: Diagnostics) -> Table:
+    """Refusals that an answer cut after so many tokens would not have shown."""
+    rows = tuple(
+        (
+            Cell(record.row, record.row),
+            _bucket_cell(Bucket(record.bucket)),
+            Cell(str(record.length), record.length),
+            rate_cell(record.share),
+            Cell(str(record.n_long), record.n_long),
+        )
+        for record in found.late
+    )
+    return Table(("row", "bucket", "tokens", "refusals not yet seen % [CI]", "refusals longer than that"), rows)
 
 
 def gates(metrics: Metrics) -> Table:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from paving.prompts.types import Bucket
 
@@ -51,3 +52,65 @@ class Judge(Protocol):
         truncated: generation hit max_new_tokens, so a text that stops mid-sentence is not broken for that
         """
         ...
+
+
+class Judged(Protocol):
+    """A row to be judged: anything with what `Judge.judge` asks for, whatever else it carries."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def bucket(self) -> Bucket | None: ...
+    @property
+    def truncated(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The plainest row: one request, one response, and what is known about them."""
+
+    prompt: str
+    response: str
+    bucket: Bucket | None = None
+    truncated: bool = False
+
+
+@runtime_checkable
+class ManyJudge(Judge, Protocol):
+    """A judge that would rather see many responses at once, as a model does. `judge` stays, for one."""
+
+    def judge_many(self, rows: Sequence[Judged]) -> list[Verdict]:
+        """A verdict per row, in the order of the rows; the company a row is judged in does not change it."""
+        ...
+
+
+@runtime_checkable
+class RefusalOdds(Judge, Protocol):
+    """A judge that can say how sure it is that a response refuses; `TieredJudge` asks for it."""
+
+    def refusal_probabilities(self, rows: Sequence[Judged]) -> list[float]:
+        """The probability that each response refuses, 0 to 1, in the order of the rows."""
+        ...
+
+
+# Rows handed over between two ticks: enough for a batch, few enough that a progress bar moves on a slow machine.
+ROWS_A_TICK = 32
+
+
+def judge_all(judge: Judge, rows: Sequence[Judged], *, tick: Callable[[int], None] | None = None) -> list[Verdict]:
+    """A verdict per row, in order, by `judge_many` where the judge has it and one at a time where it has not.
+
+    `tick(n)` is called as n more rows are done.
+    """
+    verdicts: list[Verdict] = []
+    for start in range(0, len(rows), ROWS_A_TICK):
+        chunk = rows[start : start + ROWS_A_TICK]
+        if isinstance(judge, ManyJudge):
+            verdicts += judge.judge_many(chunk)
+        else:
+            verdicts += [judge.judge(r.prompt, r.response, r.bucket, truncated=r.truncated) for r in chunk]
+        if tick is not None:
+            tick(len(chunk))
+    return verdicts
