@@ -22,6 +22,7 @@ from paving.traces.targets import (
     reference_targets,
     reframe_messages,
     reframe_targets,
+    whole_sentences,
 )
 from tiny_models import decode, lively, prompt, some_prompts, tiny_backbone, tiny_model, tiny_tokenizer
 
@@ -164,3 +165,29 @@ def test_the_log_probability_of_a_continuation_is_its_mean_per_token(backbone, p
             log_probs = backbone.model(input_ids=torch.tensor([[*ids, *answers[p.id]]])).logits[0].log_softmax(-1)
         steps = [log_probs[len(ids) - 1 + t, token].item() for t, token in enumerate(answers[p.id])]
         assert found[p.id] == pytest.approx(sum(steps) / len(steps), abs=1e-4)
+
+
+class _Words:
+    """A backbone as far as `whole_sentences` looks: token ids are places in a list of words."""
+
+    eos_token_id = 0
+    words = ("<end>", "Ask", " someone", ".", " Or", " not")
+
+    @property
+    def tokenizer(self):
+        return self
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "room", "expected"),
+    [
+        ([1, 2, 3], 5, [1, 2, 3, 0]),  # the model ended it
+        ([1, 2, 3, 4, 5], 5, [1, 2, 3, 0]),  # cut by the room: back to the last whole sentence
+        ([1, 2, 4, 5, 2], 5, [1, 2, 4, 5, 2]),  # no sentence ends: as it is, and not ended
+    ],
+)
+def test_a_reframe_ends_where_the_model_or_a_sentence_ended(tokens, room, expected):
+    assert whole_sentences(_Words(), tokens, room) == expected

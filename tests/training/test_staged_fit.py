@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from paving.training import losses
 from paving.training.checkpoint import TrainingError
 from paving.training.config import LossWeights
 from paving.training.data import boundary_of, epoch_steps, step_batch
-from paving.training.prepare import prepare
+from paving.training.prepare import prepare, repeats
 from paving.training.stages import schedule, set_residual_sizes, standardise, step_losses
 from tiny_fits import CONFIG, EPOCHS, fitted, prepared, same, splits
 from tiny_models import ARCHITECTURES, LATE, ROUTED, lively, tiny_backbone
@@ -181,6 +182,15 @@ def test_unusable_targets_are_dropped_and_counted_and_none_left_is_an_error(base
     assert len(kept.splits.of(SplitName.TRAIN, Bucket.EDIT)) == 5
     with pytest.raises(TrainingError, match="targets of all 6 training edit prompts refuse, loop or break off"):
         prepare(base, store, chosen, CONFIG, lambda *_: False)
+
+
+def test_a_target_that_repeats_itself_is_dropped_whatever_the_judge_says(base, tmp_path):
+    assert repeats((1, 2, 3, 4, 5, 6) * 2) and not repeats((1, 2, 3, 4, 5) * 2) and not repeats(())
+    chosen = splits()
+    looping = replace(chosen.train[0], target=" ".join([f"w{i}" for i in range(150, 153)] * 3))
+    chosen = replace(chosen, train=(looping, *chosen.train[1:]))
+    kept = prepare(base, TraceStore(tmp_path), chosen, CONFIG.model_copy(update={"horizon": 9}), lambda *_: True)
+    assert [r.id for r in kept.rows.edit] == [f"edit-{i}" for i in range(1, 6)]
 
 
 def test_a_term_of_zero_weight_does_not_move_the_fit(base, ready):
