@@ -52,7 +52,9 @@ def _draw_corruption(found: Diagnostics) -> Figure:
             low, high = _percents(b.low for b in bands), _percents(b.high for b in bands)
             ax.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.set(ylim=(-3, 103), ylabel=label)
-        ax.legend(loc="best")
+    top.legend(loc="lower left")
+    # Below: lines cross from corner to corner here, and leave no room inside.
+    bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1.2)
     bottom.set(xlim=(-2, 102), xlabel="gates flipped away from the true label, %")
     return figure
 
