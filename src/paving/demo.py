@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from paving.backbone import EMBEDDED, cache_dir, load_backbone
+from paving.controller.config import ControllerConfig
 from paving.evaluation.results import Metrics
 from paving.prompts.starter_set import organism_prompts
 from paving.run import Means, evaluate, train
@@ -24,13 +25,18 @@ def run_demo(folder: Path, *, seed: int, device: str, stage, watch, say) -> Metr
 
 
 def demo_config(model: Path, seed: int) -> RunConfig:
-    """Safe prompts that look unsafe, answered as the stock model answers them; fewer calibration points than a full run."""
+    """Safe prompts that look unsafe, answered as the stock model answers them; fewer calibration points than a full run.
+
+    Edit prompts and harmful keeps share words and style here, and early blocks do not tell them apart, so the router reads
+    the middle of the model: an unedited pass over the prompt decides, and the edit still begins at block 5.
+    """
     return RunConfig(
         model=str(model),
         targets_from=EMBEDDED,
         split_seed=seed,
+        controller=ControllerConfig(route_layers=(8, 12, 16), edit_layers=tuple(range(5, 30)), pooling="last+mean"),
         training=TrainingConfig(seed=seed),
-        calibration=CalibrationConfig(scales=(1.0, 2.0, 4.0), policies=("thresholded",), max_edit_prompts=24),
+        calibration=CalibrationConfig(scales=(1.0, 2.0), policies=("thresholded",), max_edit_prompts=24),
     )
 
 
