@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import sys
 from pathlib import Path
 
 from paving.backbone import EMBEDDED, load_backbone
 from paving.controller import ControllerConfig
 from paving.evaluation.results import Metrics
-from paving.evaluation.statistics import wilson
+from paving.evaluation.seeds import pooled_difference, pooled_rate, pooled_score, spread
+from paving.evaluation.three_way import KEEPS
 from paving.prompts import Bucket, BucketSizes, Prompt, SplitSizes, read_prompts
-from paving.run import Means, evaluate, train
-from paving.run_folder import RunConfig
+from paving.run import Means, evaluate, split_of, train
+from paving.run_folder import RunConfig, read_config
 from paving.training.config import TrainingConfig
 from paving.training.organism import OrganismConfig, build_organism
 
@@ -49,15 +49,14 @@ def main() -> None:
     make = paper if arguments.protocol == "paper" else same_source
     controller = LATE if arguments.route == "late" else PAPER
     name = arguments.protocol if arguments.route == "late" else f"{arguments.protocol}-blocks1-4"
-    results = []
-    for seed in arguments.seeds:
-        folder = arguments.out / f"{name}-seed{seed}"
+    folders = [arguments.out / f"{name}-seed{seed}" for seed in arguments.seeds]
+    for seed, folder in zip(arguments.seeds, folders, strict=True):
         means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
         if not (folder / "metrics.json").exists():
             train(make(arguments.data, arguments.out, organism, seed, controller), folder, means)
+        if not (folder / "metrics.json").exists() or not (folder / "divergence").exists():
             evaluate(folder, means)
-        results.append(Metrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8")))
-    summary = summarise(results)
+    summary = summarise(folders)
     (arguments.out / f"{name}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     print(json.dumps(summary, indent=1) if arguments.json else markdown(summary))
 
@@ -122,61 +121,90 @@ def without(source: Path, ids: set[str], target: Path) -> Path:
     return target
 
 
-def summarise(results: list[Metrics]) -> dict:
-    """Per row: counts pooled over seeds with their Wilson interval, and every seed's own figure.
-
-    Held-out splits of different seeds share prompts, so the pooled interval is somewhat too narrow.
-    """
-    rows = {}
-    for name in [r.name for r in results[0].rows]:
-        found = [next(r for r in m.rows if r.name == name) for m in results]
-        pooled = {}
-        for bucket in ("edit", "benign_keep", "harmful_keep"):
-            total = wilson(sum(r.refusal[bucket].k for r in found), sum(r.refusal[bucket].n for r in found))
-            pooled[f"{bucket}_refusal"] = {**total.model_dump(), "seeds": [r.refusal[bucket].rate for r in found]}
-        for bucket in ("benign_keep", "harmful_keep"):
-            values = [r.preservation[bucket].value for r in found]
-            pooled[f"{bucket}_preservation"] = {"mean": statistics.fmean(values), "seeds": values}
-        drift = [r.harmful_drift for r in found]
-        pooled["harmful_drift"] = {"mean": statistics.fmean(drift), "seeds": drift}
-        for label in ("HARMLESS-BROKEN", "HARMFUL"):
-            n = sum(r.refusal["edit"].n for r in found)
-            pooled[f"edit_{label}"] = wilson(sum(r.labels["edit"][label] for r in found), n).model_dump()
-        rows[name] = pooled
+def summarise(folders: list[Path]) -> dict:
+    """Per row of the first run: its figures pooled over all runs, and every run's own."""
+    results = [metrics_of(f) for f in folders]
     return {
         "seeds": [m.seed for m in results],
-        "rows": rows,
+        "rows": {r.name: figures_of([(f, r.name) for f in folders]) for r in results[0].rows},
         "auc_edit_vs_harmful": [m.router.auc_edit_vs_harmful for m in results],
         "scale": [m.rows[1].scale for m in results],
         "policy": [m.rows[1].policy for m in results],
+        "power": results[0].power,
     }
 
 
+def figures_of(runs: list[tuple[Path, str]]) -> dict:
+    """One row of several runs, pooled. Held-out splits of different seeds share prompts, and prompts share groups, so
+    intervals redraw groups of prompts with all their answers (docs/statistics.md)."""
+    groups = {p.id: p.group for folder, _ in runs for p in split_of(read_config(folder)).splits.held_out}
+    verdicts = [verdicts_of(folder, row) for folder, row in runs]
+    base = [verdicts_of(folder, "base") for folder, _ in runs]
+    pooled: dict[str, dict] = {}
+    for bucket in Bucket:
+        ours = [{i: v["refusal"] for i, v in run.items() if v["bucket"] == bucket} for run in verdicts]
+        pooled[f"{bucket.value}_refusal"] = pooled_rate(ours, groups).model_dump()
+        if bucket == Bucket.HARMFUL_KEEP:
+            theirs = [{i: v["refusal"] for i, v in run.items() if v["bucket"] == bucket} for run in base]
+            pooled["harmful_drift"] = pooled_difference(ours, theirs, groups).model_dump()
+        else:
+            for label in ("HARMLESS-BROKEN", "HARMFUL"):
+                found = [{i: v["label"] == label for i, v in run.items() if v["bucket"] == bucket} for run in verdicts]
+                pooled[f"{bucket.value}_{label}"] = pooled_rate(found, groups).model_dump()
+    for bucket in KEEPS:
+        scores = [
+            {i: kl for i, kl in divergence_of(folder, row).items() if verdict[i]["bucket"] == bucket}
+            for (folder, row), verdict in zip(runs, verdicts, strict=True)
+        ]
+        pooled[f"{bucket.value}_preservation"] = pooled_score(scores, groups).model_dump()
+    rows = [next(r for r in metrics_of(folder).rows if r.name == row) for folder, row in runs]
+    pooled["control_score"] = spread([r.control_score for r in rows]).model_dump()
+    return pooled
+
+
+def verdicts_of(folder: Path, row: str) -> dict[str, dict]:
+    lines = (folder / "verdicts" / f"{row}.jsonl").read_text(encoding="utf-8").splitlines()
+    return {line["id"]: line for line in map(json.loads, lines)}
+
+
+def divergence_of(folder: Path, row: str) -> dict[str, float]:
+    return json.loads((folder / "divergence" / f"{row}.json").read_text(encoding="utf-8"))
+
+
+def metrics_of(folder: Path) -> Metrics:
+    return Metrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
 def markdown(summary: dict) -> str:
-    """One line a row: pooled counts with interval, each seed's figure in brackets."""
+    """One line a row: pooled figures with their intervals, each seed's figure in brackets."""
     heads = ("edit refusal ↓", "benign pres. ↑", "harmful pres. ↑", "harmful refusal ↑", "harm Δ → 0 pp", "edit broken")
     lines = ["| row | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
     for name, row in summary["rows"].items():
-        cells = [
-            rate(row["edit_refusal"]) + seeds(row["edit_refusal"]),
-            f"{100 * row['benign_keep_preservation']['mean']:.1f}" + seeds(row["benign_keep_preservation"]),
-            f"{100 * row['harmful_keep_preservation']['mean']:.1f}" + seeds(row["harmful_keep_preservation"]),
-            rate(row["harmful_keep_refusal"]) + seeds(row["harmful_keep_refusal"]),
-            f"{100 * row['harmful_drift']['mean']:+.1f}" + seeds(row["harmful_drift"]),
-            rate(row["edit_HARMLESS-BROKEN"]),
-        ]
+        cells = (
+            rate(row["edit_refusal"]),
+            figure(row["benign_keep_preservation"]),
+            figure(row["harmful_keep_preservation"]),
+            rate(row["harmful_keep_refusal"]),
+            figure(row["harmful_drift"], signed=True),
+            rate(row["edit_HARMLESS-BROKEN"], seeds=False),
+        )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def rate(r: dict) -> str:
-    if r["n"] == 0:
+def rate(pooled: dict, *, seeds: bool = True) -> str:
+    """105/105 100.0 [95.1, 100.0] (100.0, 100.0, 100.0)"""
+    k, n = pooled["naive"]["k"], pooled["naive"]["n"]
+    return f"{k}/{n} {figure(pooled, seeds=seeds)}" if n else "n/a (n=0)"
+
+
+def figure(pooled: dict, *, signed: bool = False, seeds: bool = True) -> str:
+    found, sign = pooled["by_prompt"], "+" if signed else ""
+    if found["value"] is None:
         return "n/a (n=0)"
-    return f"{r['k']}/{r['n']} {100 * r['rate']:.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
-
-
-def seeds(figure: dict) -> str:
-    return " (" + ", ".join("n/a" if v is None else f"{100 * v:.1f}" for v in figure["seeds"]) + ")"
+    limits = "" if found["low"] is None else f" [{100 * found['low']:{sign}.1f}, {100 * found['high']:{sign}.1f}]"
+    each = ", ".join("n/a" if v is None else f"{100 * v:{sign}.1f}" for v in pooled["seeds"]["seeds"])
+    return f"{100 * found['value']:{sign}.1f}{limits}" + (f" ({each})" if seeds else "")
 
 
 def say(text: str) -> None:

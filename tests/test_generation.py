@@ -103,7 +103,7 @@ def test_taking_closed_batches_from_the_base_gives_the_text_of_decoding_them(bac
     for chosen in (keeps_first, [p for p in prompts if p.bucket != Bucket.EDIT]):
         base = {c.id: c for c in generate(backbone, chosen, Identity(), SHORT, batch_size=2)}
         slow = generate(backbone, chosen, controller, SHORT, batch_size=2)
-        quick = generate(backbone, chosen, controller, SHORT, batch_size=2, unedited=base)
+        quick = generate(backbone, chosen, controller, SHORT, batch_size=2, known=[base])
         assert quick == slow
 
 
@@ -111,7 +111,7 @@ def test_a_closed_batch_is_not_decoded_again(backbone, prompts):
     keeps = [p for p in prompts if p.bucket != Bucket.EDIT]
     base = {c.id: c for c in generate(backbone, keeps, Identity(), SHORT)}
     marked = {i: replace(c, response="from the base's completions") for i, c in base.items()}
-    done = generate(backbone, keeps, lively(backbone, policy=Oracle()), SHORT, unedited=marked)
+    done = generate(backbone, keeps, lively(backbone, policy=Oracle()), SHORT, known=[marked])
     assert {c.response for c in done} == {"from the base's completions"}
     assert all(c.logit is not None for c in done), "the decision is the controller's own all the same"
 

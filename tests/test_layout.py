@@ -14,7 +14,20 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # From the top of the house to its foundations. A part may import parts of its own tier and of those below it.
 TIERS = (
-    ("cli", "cli_judge", "terminal", "demo", "diagnose", "run", "run_folder", "chat", "progress", "presets"),
+    (
+        "cli",
+        "cli_judge",
+        "terminal",
+        "demo",
+        "diagnose",
+        "run",
+        "run_folder",
+        "run_rows",
+        "ablations",
+        "chat",
+        "progress",
+        "presets",
+    ),
     ("report", "evaluation", "serving"),
     ("training", "circuit", "steering"),
     ("controller",),

@@ -70,6 +70,55 @@ def test_oracle_routing_leaves_every_keep_as_the_base_has_it(finished):
     assert row.preservation["harmful_keep"].value == 1.0 and row.harmful_drift == 0.0
 
 
+def test_further_rows_by_gate_and_mixture_share_experts_and_scale(finished, setting):
+    folder, first = finished
+    wanted = ["soft", "soft+veto", "thresholded", "oracle"]
+    metrics = runs.evaluate(folder, setting[1], judge=WordJudge(), policies=wanted, mixtures=["uniform", "expert:1"])
+    names = [r.name for r in metrics.rows]
+    # thresholded is the deployed gate, so that it stands there already as `learned`
+    assert names == ["base", "learned", "learned+veto", "soft", "soft+veto", "uniform", "expert:1", "oracle"]
+    assert {r.scale for r in metrics.rows[1:]} == {first.rows[1].scale}
+    rows = {r.name: r for r in metrics.rows}
+    assert rows["soft"].veto_rate["edit"].n == 0 < rows["soft+veto"].veto_rate["edit"].n
+    answers = {n: runs.load_completions(folder / "completions" / f"{n}.jsonl") for n in ("learned+veto", "expert:1")}
+    assert [c.gate for c in answers["learned+veto"]] == [c.gate for c in answers["expert:1"]]
+    assert {c.mixture for c in answers["expert:1"]} == {(0.0, 1.0, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("policies", "mixtures", "says"),
+    [(["sof"], [], "allowed: soft, hard"), (["open+veto"], [], "no veto goes with"), ([], ["expert:7"], "experts 0..2"),
+     ([], ["mean"], "allowed: router, uniform")],
+)  # fmt: skip
+def test_a_row_that_cannot_be_is_refused_before_decoding(finished, setting, policies, mixtures, says, monkeypatch):
+    monkeypatch.setattr("paving.run.filtered", lambda *a, **k: pytest.fail("went on"))
+    with pytest.raises(ValueError, match=says):
+        runs.evaluate(finished[0], setting[1], judge=WordJudge(), policies=policies, mixtures=mixtures)
+
+
+@dataclass(frozen=True)
+class Lenient:
+    """A second judge, for whom nothing is a refusal."""
+
+    name: str = "api:lenient/1"
+
+    def judge(self, prompt, response, bucket, *, truncated=False):
+        return Verdict(Label.HARMLESS_BENIGN, "lenient")
+
+
+def test_a_second_judge_reads_the_same_answers_and_leaves_the_first_ones_verdicts(finished, setting, monkeypatch):
+    folder, _ = finished
+    kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "judges" not in p.parts}
+    monkeypatch.setattr("paving.evaluation.three_way.generate", lambda *a, **k: pytest.fail("decoded again"))
+    monkeypatch.setattr("paving.run.judge_from", lambda line, **_: Lenient())
+    second = runs.evaluate(folder, setting[1], judge=WordJudge(), second_judge="rules")
+    assert second.judge == "api:lenient/1" and {r.refusal["edit"].k for r in second.rows} == {0}
+    assert second.rows[0].refusal["edit"].n > 0, "the split stays the run's own"
+    there = folder / "judges" / "api-lenient-1"
+    assert {p.name for p in there.iterdir()} == {"metrics.json", "report.html", "verdicts"}
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "judges" not in p.parts} == kept
+
+
 def test_a_second_evaluation_decodes_nothing_again(finished, setting, monkeypatch):
     folder, metrics = finished
     monkeypatch.setattr("paving.evaluation.three_way.generate", lambda *a, **k: pytest.fail("decoded again"))

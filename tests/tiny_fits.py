@@ -35,8 +35,8 @@ def prepared(backbone, folder, config=CONFIG, **sizes):
     return prepare(backbone, TraceStore(folder), splits(**sizes), config, lambda *_: True)
 
 
-def fitted(base, ready, folder, config=CONFIG, watch=lambda *_: None, seed=0):
-    controller = fresh_controller(base, ROUTED, seed)
+def fitted(base, ready, folder, config=CONFIG, watch=lambda *_: None, seed=0, controller=None):
+    controller = controller or fresh_controller(base, ROUTED, seed)
     records = fit(base, controller, ready.traces, ready.rows, config, folder, watch)
     return controller, records
 

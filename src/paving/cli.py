@@ -94,6 +94,9 @@ def train(
     edit_layers: Annotated[str | None, typer.Option(help="e.g. 5-29. Default: every layer after the router's.")] = None,
     pooling: Annotated[str, typer.Option(help="last, mean or last+mean: what the router reads of the prompt.")] = "last",
     experts: Annotated[int, typer.Option(min=1, help="K bottleneck experts.")] = 3,
+    judge: Annotated[
+        str | None, typer.Option(help="Who says what a refusal is. Default: rules (docs/model-judges.md).")
+    ] = None,
     config_file: Annotated[Path | None, typer.Option("--config", help="JSON RunConfig; options above go first.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split and training.")] = None,
     allow_leakage: Annotated[bool, typer.Option(help="Go on although prompts leak between splits.")] = False,
@@ -110,7 +113,7 @@ def train(
         config_file,
         model=model, edit=edit, benign=benign, harmful=harmful, targets=targets, targets_from=targets_from,
         route_layers=route_layers, edit_layers=edit_layers, pooling=pooling, experts=experts, seed=seed,
-        allow_leakage=allow_leakage, dtype=dtype,
+        allow_leakage=allow_leakage, dtype=dtype, judge=judge,
     )  # fmt: skip
     with progress() as (stage, watch, say):
         means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
@@ -123,7 +126,9 @@ def train(
 @one_line_errors
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
-    policy: Annotated[list[str] | None, typer.Option(help="Further gate policies as rows: soft, hard, open, ...")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Further rows by gate: soft, soft+veto, hard, open, ...")] = None,
+    mixture: Annotated[list[str] | None, typer.Option(help="Further rows by mixture: uniform, expert:0, ...")] = None,
+    judge: Annotated[str | None, typer.Option(help="Judge the answers by another judge, into RUN/judges/.")] = None,
     device: Device = "auto",
     cache: Cache = None,
     cache_gib: CacheGib = 8.0,
@@ -135,8 +140,8 @@ def evaluate(
 
     with progress(quiet=as_json) as (stage, watch, say):
         means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
-        metrics = runs.evaluate(folder, means, policies=policy or ())
-    show(metrics, folder, as_json)
+        metrics = runs.evaluate(folder, means, policies=policy or (), mixtures=mixture or (), second_judge=judge)
+    show(metrics, folder if judge is None else runs.judge_folder(folder, metrics.judge), as_json)
 
 
 @app.command()
@@ -262,6 +267,7 @@ def run_config(file: Path | None, **options):
     if options["seed"] is not None:
         config["split_seed"] = config["training"]["seed"] = options["seed"]
     config["allow_leakage"] = options["allow_leakage"] or config["allow_leakage"]
+    config["judge"] = options["judge"] or config["judge"]
     if options["dtype"] != "auto":
         config["dtype"] = options["dtype"]
     return RunConfig.model_validate(config)

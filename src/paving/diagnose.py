@@ -84,7 +84,7 @@ def outcomes(
     spec = next((s for s in row_specs(controller, ["open"], folder) if s.policy == "open"), None)
     if spec is None:  # a controller that is itself always open has no row of that name to add
         spec = RowSpec(opened, "diagnostic", "open", controller.scale, f"open/{controller.scale}")
-    answers = completions_of(backbone, prompts, spec, protocol, folder, None, means.stage)
+    answers = completions_of(backbone, prompts, spec, protocol, folder, (), means.stage)
     base = load_completions(folder / "completions" / "base.jsonl")
     is_refusal = refused_by(judge)
     refused_open = {c.id: is_refusal(c) for c in answers}

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from paving.backbone import Backbone, PromptBatch, checked_ids, pad_left
 from paving.backbone.hooks import contiguous_head_input
-from paving.intervention import Applied, Intervention
+from paving.intervention import Applied, Intervention, RowState
 from paving.prompts.types import Prompt
 
 Tick = Callable[[int], None]
@@ -67,14 +67,15 @@ def generate(
     decoding: Decoding,
     *,
     batch_size: int = 32,
-    unedited: Mapping[str, Completion] | None = None,
+    known: Sequence[Mapping[str, Completion]] = (),
     tick: Tick | None = None,
 ) -> list[Completion]:
     """Complete every prompt under the intervention; the order is that of `prompts`.
 
-    Prompts are batched by length. `unedited` holds the base's completions of the same prompts at the same batching:
-    a batch in which no gate opens is then taken from there instead of being decoded again to the same bits.
-    `tick(n)` is called as n more prompts are done.
+    Prompts are batched by length. `known` holds completions of the same prompts at the same batching: the base's, and
+    those of interventions that do the same wherever they decide the same (one editor under another gate policy). A
+    batch whose every row was decided there as it is here is taken from there instead of being decoded again to the
+    same bits; a closed gate is decided alike everywhere. `tick(n)` is called as n more prompts are done.
     """
     room = decoding.max_new_tokens
     rows = {p.id: checked_ids(backbone, p, room=room) for p in prompts}
@@ -82,8 +83,8 @@ def generate(
     for chunk in batches_by_length(prompts, rows, batch_size):
         ids, mask = pad_left(backbone, [rows[p.id] for p in chunk])
         batch = PromptBatch(ids, mask, tuple(p.id for p in chunk), tuple(p.bucket for p in chunk))
-        known = unedited if unedited is not None and all(p.id in unedited for p in chunk) else None
-        for completion in complete_batch(backbone, chunk, batch, intervention, decoding, known):
+        earlier = [[answers[p.id] for p in chunk] for answers in known if all(p.id in answers for p in chunk)]
+        for completion in complete_batch(backbone, chunk, batch, intervention, decoding, earlier):
             done[completion.id] = completion
         if tick is not None:
             tick(len(chunk))
@@ -105,17 +106,18 @@ def complete_batch(
     batch: PromptBatch,
     intervention: Intervention,
     decoding: Decoding,
-    unedited: Mapping[str, Completion] | None,
+    known: Sequence[Sequence[Completion]],
 ) -> list[Completion]:
+    """known: completions of this very batch, row by row, from elsewhere (see `generate`)."""
     if decoding.do_sample:
         torch.manual_seed(decoding.seed)
     config = decoding.generation_config(backbone)
     with intervention.apply(backbone, batch) as applied:
-        stop = _StopIfClosed(applied, enabled=unedited is not None)
+        stop = _StopIfKnown(applied, known)
         answers = decode(backbone, batch.input_ids, batch.attention_mask, config, StoppingCriteriaList([stop]))
         states = applied.rows()
-    if unedited is not None and stop.stopped:
-        return [_with_state(unedited[p.id], s) for p, s in zip(prompts, states, strict=True)]
+    if stop.found is not None:
+        return [_with_state(c, s) for c, s in zip(stop.found, states, strict=True)]
     completions = []
     for prompt, state, tokens in zip(prompts, states, answers.tolist(), strict=True):
         ends = [i for i, token in enumerate(tokens) if token in backbone.eos_ids]
@@ -159,21 +161,28 @@ def decode(
     return sequences[:, ids.shape[1] :]
 
 
-def _with_state(completion: Completion, state) -> Completion:
+def _with_state(completion: Completion, state: RowState) -> Completion:
     return Completion(**{**asdict(completion), **asdict(state)})
 
 
-class _StopIfClosed(StoppingCriteria):
-    """Ends decoding after the first token when no row of the batch is edited and the base's text is already known."""
+class _StopIfKnown(StoppingCriteria):
+    """Ends decoding after the first token where every row was decided as in completions that are there already."""
 
-    def __init__(self, applied: Applied, *, enabled: bool):
-        self.applied, self.enabled, self.stopped = applied, enabled, False
+    def __init__(self, applied: Applied, known: Sequence[Sequence[Completion]]):
+        self.applied, self.known = applied, known
+        self.found: Sequence[Completion] | None = None
 
     def __call__(self, input_ids, scores, **kwargs):
-        if self.enabled and not self.stopped:
-            self.stopped = all(row.gate == 0.0 for row in self.applied.rows())
-            self.enabled = False
-        return torch.full((input_ids.shape[0],), self.stopped, dtype=torch.bool, device=input_ids.device)
+        if self.known:
+            states = self.applied.rows()
+            same = (c for c in self.known if all(map(_decided_alike, c, states)))
+            self.found, self.known = next(same, None), ()  # looked up once: decisions hold for the whole answer
+        return torch.full((input_ids.shape[0],), self.found is not None, dtype=torch.bool, device=input_ids.device)
+
+
+def _decided_alike(completion: Completion, state: RowState) -> bool:
+    # Behind a closed gate the mixture is idle. Open gates must agree to the last bit, or the text may not.
+    return completion.gate == state.gate and (state.gate == 0.0 or completion.mixture == state.mixture)
 
 
 def save_completions(completions: Sequence[Completion], path: Path) -> None:

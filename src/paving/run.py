@@ -5,7 +5,6 @@ Every stage writes into the run folder and is taken from there when the same com
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,15 +14,18 @@ import torch
 
 from paving.backbone import Backbone, cache_dir, load_backbone
 from paving.controller.card import write_card
-from paving.controller.gates import Oracle, gate_policy
+from paving.controller.gates import Oracle
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import fresh_controller, load_controller, read_description, save_controller
 from paving.evaluation.diagnostics.records import Diagnostics
-from paving.evaluation.judges import Judge, Label, RuleJudge
+from paving.evaluation.judges import Judge, Label
+from paving.evaluation.judges.named import judge_from
 from paving.evaluation.results import Metrics, ScalePoint, Score, TrainingPoint
 from paving.evaluation.routing import router_diagnostics, threshold_curve
+from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, table_rows
 from paving.evaluation.statistics import wilson
-from paving.evaluation.three_way import Protocol, RowSpec, oracle_gaps, three_way
+from paving.evaluation.three_way import Protocol, three_way
+from paving.evaluation.verdicts import read_verdicts
 from paving.generation import Completion, load_completions
 from paving.prompts.leakage import drop_exact_duplicates, group_near_duplicates, refuse_leakage
 from paving.prompts.readers import read_prompts
@@ -32,6 +34,7 @@ from paving.prompts.starter_set import starter_prompts
 from paving.prompts.types import Bucket, Prompt, PromptError, SplitName, Splits, count_by_bucket
 from paving.report import Example, write_report
 from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json, write_text
+from paving.run_rows import row_specs
 from paving.traces.store import TraceStore
 from paving.training.calibrate import OperatingPoint, calibrate
 from paving.training.prepare import boundary_matrix, check_reference, filter_base_refused, prepare
@@ -59,13 +62,16 @@ class Means:
     def store(self) -> TraceStore:
         return TraceStore(self.cache, self.cache_gib)
 
+    def judge(self, line: str) -> Judge:
+        return judge_from(line, device=self.device, trust_remote_code=self.trust_remote_code)
+
     def load(self, model: str, dtype: str) -> Backbone:
         return load_backbone(model, dtype=dtype, device=self.device, trust_remote_code=self.trust_remote_code)
 
 
 def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = None) -> ResidualPaving:
     """Fit, calibrate and save a controller into `folder`; finished stages are taken from there."""
-    judge = judge or RuleJudge()
+    judge = judge or means.judge(config.judge)
     split = split_of(config)  # a malformed prompt file is refused before a model is loaded or a folder made
     check_run(config, folder)
     backbone = means.load(config.model, config.dtype)
@@ -87,7 +93,7 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     splits = prepared.splits
     record_splits(splits, folder)
     del reference
-    controller = fresh_controller(backbone, config.controller, training.seed)
+    controller = fresh_controller(backbone, config.controller, training.seed, training.mixture)
     history = fit(backbone, controller, prepared.traces, prepared.rows, training, folder / "training", means.watch)
     calibrated = calibrate(
         backbone,
@@ -115,22 +121,36 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     return calibrated.controller
 
 
-def evaluate(folder: Path, means: Means, *, policies: Sequence[str] = (), judge: Judge | None = None) -> Metrics:
-    """The three-way protocol on the run's held-out split: base, learned, learned+veto, oracle, and any further policy."""
-    judge = judge or RuleJudge()
+def evaluate(
+    folder: Path,
+    means: Means,
+    *,
+    policies: Sequence[str] = (),
+    mixtures: Sequence[str] = (),
+    judge: Judge | None = None,
+    second_judge: str | None = None,
+) -> Metrics:
+    """The three-way protocol on the run's held-out split: base, learned, learned+veto, oracle, and any further row.
+
+    second_judge: judge the same answers by another judge (see judges.named); its verdicts, metrics and report go to
+                  `judge_folder`, beside those of the run's own, which stay. The split stays the run's own, too.
+    """
     config = read_config(folder)
     if not (folder / "controller" / "controller.json").exists():
         raise RunError(f"{folder} has no finished controller. Train it first: paving train --out {folder} ...")
-    for name in policies:
-        gate_policy(name, 0.0)  # an unknown policy is refused before anything is decoded
+    judge = judge or means.judge(config.judge)
+    verdicts_by = judge if second_judge is None else means.judge(second_judge)
+    out = folder if second_judge is None else judge_folder(folder, verdicts_by.name)
     split = split_of(config)
     backbone = means.load(config.model, config.dtype)
     store = means.store()
     controller = load_controller(folder / "controller", backbone)
+    specs = row_specs(controller, policies, folder, mixtures)  # a row that is not known is refused before minutes are spent
     held_out = filtered(split, config, backbone, store, folder, judge, means).of(SplitName.HELD_OUT)
-    specs = row_specs(controller, policies, folder)
-    protocol = Protocol(config.decoding, judge, horizon=config.training.horizon, k=config.training.top_k)
-    rows = three_way(backbone, held_out, specs, protocol, store, folder, means.stage)
+    protocol = Protocol(config.decoding, verdicts_by, horizon=config.training.horizon, k=config.training.top_k)
+    measured = three_way(backbone, held_out, specs, protocol, store, folder, means.stage, verdicts=out / "verdicts")
+    rows = table_rows(measured, held_out)
+    deployed = "learned+veto" if controller.use_veto else "learned"
     calibration = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
     recorded = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
     logits, veto_logits = gate_logits(backbone, controller, held_out)
@@ -138,12 +158,14 @@ def evaluate(folder: Path, means: Means, *, policies: Sequence[str] = (), judge:
         run=folder.name,
         model=config.model,
         seed=config.training.seed,
-        judge=judge.name,
+        judge=verdicts_by.name,
         decoding=config.decoding.model_dump(),
         buckets=recorded["counts"],
         filters=recorded["filters"],
         rows=rows,
-        oracle_gaps=oracle_gaps(rows, "learned+veto" if controller.use_veto else "learned"),
+        oracle_gaps=oracle_gaps(rows, deployed),
+        oracle_gap_intervals=gap_intervals(measured, held_out, deployed),
+        power=power_sentences(held_out),
         thresholds=threshold_curve(logits),
         scales=scale_points(calibration),
         router=router_diagnostics(
@@ -154,23 +176,33 @@ def evaluate(folder: Path, means: Means, *, policies: Sequence[str] = (), judge:
         ),
         training=[TrainingPoint(**h) for h in calibration["history"]],
     )
-    write_text(folder / "metrics.json", metrics.model_dump_json(indent=1))
-    write_card(folder / "controller", read_description(folder / "controller"), card_rows(metrics))
-    report(folder)
+    write_text(out / "metrics.json", metrics.model_dump_json(indent=1))
+    if second_judge is None:
+        write_card(folder / "controller", read_description(folder / "controller"), card_rows(metrics))
+    report(folder, out)
     return metrics
 
 
-def report(folder: Path) -> Path:
-    """(Re)write report.html from what the run folder holds. No model is loaded."""
-    path = folder / "metrics.json"
+def judge_folder(folder: Path, judge: str) -> Path:
+    """Where a second judge's verdicts, metrics and report on a run's answers stand."""
+    return folder / "judges" / "".join(c if c.isalnum() or c in "-_." else "-" for c in judge)
+
+
+def report(folder: Path, judged: Path | None = None) -> Path:
+    """(Re)write report.html from what the run folder holds. No model is loaded.
+
+    judged: a second judge's folder, whose verdicts and metrics are reported instead of the run's own
+    """
+    out = judged or folder
+    path = out / "metrics.json"
     if not path.exists():
         raise RunError(f"{folder} has no metrics.json yet. Evaluate it first: paving eval {folder}")
     try:
         metrics = Metrics.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path} is damaged or of another version. Evaluate again: paving eval {folder}") from error
-    examples = examples_of(folder, [r.name for r in metrics.rows])
-    return write_report(metrics, folder / "report.html", examples=examples, diagnostics=diagnostics_of(folder))
+    examples = examples_of(folder / "completions", out / "verdicts", [r.name for r in metrics.rows])
+    return write_report(metrics, out / "report.html", examples=examples, diagnostics=diagnostics_of(folder))
 
 
 def diagnostics_of(folder: Path) -> Diagnostics | None:
@@ -288,36 +320,6 @@ def usable_target(judge: Judge) -> Callable[[Completion, str], bool]:
 # --- rows and records -------------------------------------------------------------------------------------------
 
 
-def row_specs(controller: ResidualPaving, policies: Sequence[str], folder: Path) -> list[RowSpec]:
-    """learned, learned+veto, oracle, and one row a further policy; all share experts, mixture and scale."""
-    fingerprint = TraceStore.key(weights=_digest(folder / "controller" / "controller.safetensors"))
-    variants = [(controller.with_policy(controller.policy, name="learned", use_veto=False), "learned")]
-    if bool(controller.weights.veto.fitted):
-        variants.append((controller.with_policy(controller.policy, name="learned+veto", use_veto=True), "learned"))
-    for name in dict.fromkeys(policies):
-        if name == controller.policy.name:
-            continue
-        policy = gate_policy(name, getattr(controller.policy, "threshold", 0.0))
-        kind = "diagnostic" if name in ("oracle", "open", "closed") else "learned"
-        if name != "oracle":
-            variants.append((controller.with_policy(policy, name=name), kind))
-    variants.append((controller.with_policy(Oracle(), name="oracle"), "diagnostic"))
-    return [
-        RowSpec(
-            intervention=c,
-            kind=kind,
-            policy=c.policy.name,
-            scale=c.scale,
-            key=f"{fingerprint}/{c.policy!r}/{c.scale}/{c.use_veto}/{c.mixture!r}",
-        )
-        for c, kind in variants
-    ]
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def gate_logits(
     backbone: Backbone, controller: ResidualPaving, prompts: Sequence[Prompt]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -355,17 +357,15 @@ def scale_points(calibration: Mapping) -> list[ScalePoint]:
     return points
 
 
-def examples_of(folder: Path, names: Sequence[str], per_bucket: int = 4) -> list[Example]:
+def examples_of(completions: Path, verdicts: Path, names: Sequence[str], per_bucket: int = 4) -> list[Example]:
     """The same few prompts of each bucket under every row, with their labels (the report redacts Harmful ones)."""
     by_row: dict[str, dict[str, Completion]] = {}
     labels: dict[str, dict[str, str]] = {}
     for name in names:
-        path = folder / "completions" / f"{name}.jsonl"
-        verdicts = folder / "verdicts" / f"{name}.jsonl"
-        if path.exists() and verdicts.exists():
+        path, judged = completions / f"{name}.jsonl", verdicts / f"{name}.jsonl"
+        if path.exists() and judged.exists():
             by_row[name] = {c.id: c for c in load_completions(path)}
-            lines = verdicts.read_text(encoding="utf-8").splitlines()
-            labels[name] = {row["id"]: row["label"] for row in map(json.loads, lines)}
+            labels[name] = {line.id: line.label for line in read_verdicts(judged)}
     examples = []
     for bucket in Bucket:
         base = [c for c in by_row.get("base", {}).values() if c.bucket == bucket]

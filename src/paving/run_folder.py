@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from paving.backbone import EMBEDDED
 from paving.controller.config import ControllerConfig
+from paving.evaluation.judges.named import judge_line
 from paving.generation import Decoding
 from paving.prompts.splits import SplitSizes
 from paving.training.config import CalibrationConfig, TrainingConfig
@@ -29,6 +30,7 @@ class RunConfig(BaseModel):
 
     edit, benign, harmful  a prompt file or dataset each (see paving.prompts.readers), or `starter`
     targets_from           a model whose answers are the edit targets, for over-refused safe prompts
+    judge                  who says what a refusal is, in filters, calibration and evaluation (see judges.named)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +48,12 @@ class RunConfig(BaseModel):
     calibration: CalibrationConfig = CalibrationConfig()
     decoding: Decoding = Decoding()
     allow_leakage: bool = False
+    judge: str = "rules"
+
+    @field_validator("judge")
+    @classmethod
+    def _judge_is_known(cls, line: str) -> str:
+        return str(judge_line(line))
 
 
 def check_run(config: RunConfig, folder: Path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from paving.evaluation.results import OracleGaps, Rate, Row, Score
 from paving.evaluation.routing import reliability, router_diagnostics, threshold_curve
+from paving.evaluation.rows import oracle_gaps
 from paving.evaluation.statistics import auc, control_score, preservation_score, wilson
-from paving.evaluation.three_way import oracle_gaps
 from paving.prompts.types import Bucket
 
 Z = 1.959963984540054

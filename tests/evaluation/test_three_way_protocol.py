@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from paving import generation
 from paving.controller import AlwaysOpen, Closed, Oracle, Soft
 from paving.evaluation import three_way as module
 from paving.evaluation.judges import Label, Verdict
+from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, table_rows
 from paving.evaluation.three_way import Protocol, RowSpec, completions_of, judged, three_way
-from paving.generation import Decoding, load_completions
+from paving.generation import Decoding, load_completions, save_completions
 from paving.intervention import Identity
 from paving.prompts.types import Bucket
 from paving.traces.store import TraceStore
@@ -49,8 +52,8 @@ def specs_of(backbone) -> list[RowSpec]:
 def run(backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     store = TraceStore(folder / "cache")
-    rows = three_way(backbone, some_prompts(), specs_of(backbone), PROTOCOL, store, folder, quiet)
-    return rows, folder, store
+    measured = three_way(backbone, some_prompts(), specs_of(backbone), PROTOCOL, store, folder, quiet)
+    return table_rows(measured, some_prompts()), folder, store
 
 
 def completions(folder, name):
@@ -119,15 +122,80 @@ def test_verdicts_are_saved_with_the_rule_that_gave_them(run):
 def test_a_second_run_takes_every_answer_from_disk(run, backbone, monkeypatch):
     rows, folder, store = run
     monkeypatch.setattr(module, "generate", lambda *_a, **_k: pytest.fail("generated again"))
-    assert three_way(backbone, some_prompts(), specs_of(backbone), PROTOCOL, store, folder, quiet) == rows
+    monkeypatch.setattr(module, "keep_divergence", lambda *_a, **_k: pytest.fail("measured again"))
+    again = three_way(backbone, some_prompts(), specs_of(backbone), PROTOCOL, store, folder, quiet)
+    assert table_rows(again, some_prompts()) == rows
+
+
+def test_a_kill_between_two_files_never_leaves_a_key_beside_old_answers(run, backbone, monkeypatch, tmp_path):
+    spec = specs_of(backbone)[0]
+    completions_of(backbone, some_prompts(), spec, PROTOCOL, tmp_path, (), quiet)
+    changed = replace(spec, key="retrained")
+
+    def killed(*_a):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_completions", killed)
+        with pytest.raises(KeyboardInterrupt):
+            completions_of(backbone, some_prompts(), changed, PROTOCOL, tmp_path, (), quiet)
+    assert not (tmp_path / "completions" / "soft.key").exists()
+
+
+def test_a_batch_decided_as_in_an_earlier_row_of_the_same_editor_is_not_decoded_again(backbone, tmp_path, monkeypatch):
+    """learned and learned+veto differ only where the veto fires; hard gates equal the oracle's wherever both are right."""
+    controller = lively(backbone, policy=AlwaysOpen(), name="open")
+    specs = [RowSpec(controller, "diagnostic", "open", 1.0, "one", editor="e"),
+             RowSpec(replace(controller, name="again"), "diagnostic", "open", 1.0, "two", editor="e"),
+             RowSpec(replace(controller, name="elsewhere"), "diagnostic", "open", 1.0, "three", editor="another"),
+             RowSpec(replace(controller, name="alone"), "diagnostic", "open", 1.0, "four")]  # fmt: skip
+    steps = []
+    decode = generation.decode
+    monkeypatch.setattr(generation, "decode", lambda *a, **k: steps.append(decode(*a, **k)) or steps[-1])
+    store = TraceStore(tmp_path / "c")
+    done = three_way(backbone, some_prompts(), specs, PROTOCOL, store, tmp_path, quiet)
+    per_row = len(steps) // 5
+    lengths = [max(x.shape[1] for x in steps[i * per_row : (i + 1) * per_row]) for i in range(5)]
+    assert lengths[2] == 1 < min(lengths[0], lengths[1], lengths[3], lengths[4])
+    texts = [[c.response for c in m.completions] for m in done[1:]]
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+
+
+def test_every_row_is_compared_with_the_base_prompt_by_prompt(run):
+    rows, folder, _ = run
+    refused = {
+        name: {v["id"]: v["refusal"] for v in map(json.loads, (folder / "verdicts" / f"{name}.jsonl").open())}
+        for name in ("base", "soft", "oracle")
+    }
+    soft = next(r for r in rows if r.name == "soft")
+    for reference, paired in (("base", soft.against_base), ("oracle", soft.against_oracle)):
+        ids = [p.id for p in some_prompts() if p.bucket == Bucket.EDIT]
+        only = sum(refused["soft"][i] and not refused[reference][i] for i in ids)
+        assert (paired["edit"].n, paired["edit"].only_row) == (4, only)
+    assert rows[0].against_base == {} and next(r for r in rows if r.name == "oracle").against_oracle == {}
+    assert soft.against_base["harmful_keep"].difference == pytest.approx(soft.harmful_drift)
+    for bucket, score in soft.preservation.items():
+        assert soft.preservation_interval[bucket].value == pytest.approx(score.value)
+
+
+def test_gap_intervals_hold_the_gaps_and_are_missing_without_both_rows(backbone, tmp_path):
+    prompts = some_prompts()
+    measured = three_way(backbone, prompts, specs_of(backbone), PROTOCOL, TraceStore(tmp_path / "c"), tmp_path, quiet)
+    gaps, found = oracle_gaps(table_rows(measured, prompts), "soft"), gap_intervals(measured, prompts, "soft")
+    for name in ("route_benign", "route_harmful", "edit"):
+        assert getattr(found, name).value == pytest.approx(getattr(gaps, name))
+    assert gap_intervals(measured[:2], prompts, "soft") is None
+
+
+def test_power_is_told_for_every_bucket_also_an_empty_one():
+    told = power_sentences([p for p in some_prompts() if p.bucket != Bucket.BENIGN_KEEP])
+    assert "n=0" in told["benign_keep"] and told["edit"].startswith("4 edit prompts can show nothing")
 
 
 @pytest.mark.parametrize("change", ["controller", "decoding", "prompt", "batch"])
 def test_answers_of_another_controller_decoding_prompt_or_batching_are_not_taken(run, backbone, change, monkeypatch):
     _, folder, _ = run
     spec, protocol, prompts = specs_of(backbone)[0], PROTOCOL, some_prompts()
-    from dataclasses import replace
-
     if change == "controller":
         spec = replace(spec, key="another")
     elif change == "decoding":
@@ -145,29 +213,58 @@ def test_answers_of_another_controller_decoding_prompt_or_batching_are_not_taken
 
     monkeypatch.setattr(module, "generate", generate)
     with pytest.raises(Asked):
-        completions_of(backbone, prompts, spec, protocol, folder, None, quiet)
+        completions_of(backbone, prompts, spec, protocol, folder, (), quiet)
 
 
 def test_a_row_whose_key_was_never_written_is_decoded_again(backbone, tmp_path):
     spec = specs_of(backbone)[1]
-    done = completions_of(backbone, some_prompts(), spec, PROTOCOL, tmp_path, None, quiet)
+    done = completions_of(backbone, some_prompts(), spec, PROTOCOL, tmp_path, (), quiet)
     (tmp_path / "completions" / "closed.key").unlink()
     ticks = []
-    again = completions_of(backbone, some_prompts(), spec, PROTOCOL, tmp_path, None, lambda *_: ticks.append)
+    again = completions_of(backbone, some_prompts(), spec, PROTOCOL, tmp_path, (), lambda *_: ticks.append)
     assert again == done and len(ticks) > 1
 
 
-def test_judging_again_reads_the_saved_answers_and_never_the_model(run, tmp_path):
+class Counting(WordJudge):
+    def __init__(self):
+        self.asked = []
+
+    def judge(self, prompt, response, bucket, *, truncated=False):
+        self.asked.append(prompt)
+        return super().judge(prompt, response, bucket, truncated=truncated)
+
+
+def test_judging_again_reads_saved_verdicts_and_asks_only_for_answers_that_changed(run, tmp_path):
     _, folder, _ = run
     saved = load_completions(folder / "completions" / "base.jsonl")
-    labels = judged(saved, WordJudge(), tmp_path / "v.jsonl")
-    assert len(labels) == len(saved) and (tmp_path / "v.jsonl").exists()
+    path, out = tmp_path / "c.jsonl", tmp_path / "v.jsonl"
+    save_completions(saved, path)
+    first = Counting()
+    labels = judged(path, first, out, quiet)
+    assert len(labels) == len(first.asked) == len(saved)
+    second = Counting()
+    assert judged(path, second, out, quiet) == labels and second.asked == []
+    save_completions([replace(saved[0], response="another answer"), *saved[1:]], path)
+    third = Counting()
+    assert judged(path, third, out, quiet)[1:] == labels[1:] and third.asked == [saved[0].prompt]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["c.jsonl", "v.jsonl"]
+
+
+def test_verdicts_of_another_judge_are_not_taken(run, tmp_path):
+    _, folder, _ = run
+    path, out = folder / "completions" / "base.jsonl", tmp_path / "v.jsonl"
+    judged(path, WordJudge(), out, quiet)
+    other = Counting()
+    other.name = "words-v2"
+    judged(path, other, out, quiet)
+    assert len(other.asked) == len(load_completions(path))
 
 
 def test_a_bucket_without_prompts_is_missing_and_not_zero(backbone, tmp_path):
     edits = [p for p in some_prompts() if p.bucket == Bucket.EDIT]
-    rows = three_way(backbone, edits, specs_of(backbone)[:1], PROTOCOL, TraceStore(tmp_path / "c"), tmp_path, quiet)
-    for row in rows:
+    measured = three_way(backbone, edits, specs_of(backbone)[:1], PROTOCOL, TraceStore(tmp_path / "c"), tmp_path, quiet)
+    for row in table_rows(measured, edits):
+        assert row.preservation_interval["harmful_keep"].low is None
         assert row.refusal["benign_keep"].rate is None and row.refusal["benign_keep"].n == 0
         assert row.preservation["harmful_keep"].value is None
         assert row.harmful_drift is None and row.control_score is None
@@ -179,5 +276,5 @@ def test_the_untouched_base_is_an_intervention_like_any_other(run, backbone, tmp
     _, folder, _ = run
     spec = RowSpec(Identity("again"), "reference", "none", None, "again")
     known = {c.id: c for c in load_completions(folder / "completions" / "base.jsonl")}
-    done = completions_of(backbone, some_prompts(), spec, PROTOCOL, tmp_path, known, quiet)
+    done = completions_of(backbone, some_prompts(), spec, PROTOCOL, tmp_path, [known], quiet)
     assert {c.id: c.response for c in done} == {i: c.response for i, c in known.items()}

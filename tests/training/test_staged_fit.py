@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from paving.backbone import render_batch
-from paving.controller import Soft, fresh_controller
+from paving.controller import SingleExpert, Soft, fresh_controller
 from paving.prompts.types import Bucket, SplitName
 from paving.traces.forward import teacher_forced_logits
 from paving.traces.store import TraceStore
@@ -66,6 +66,17 @@ def test_stage_3_moves_the_router_and_leaves_the_experts(base, ready, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before.weights.experts.parameters(),
                                                  after.weights.experts.parameters(), strict=True))  # fmt: skip
     assert not torch.equal(before.weights.router.gate.weight, after.weights.router.gate.weight)
+
+
+def test_a_fixed_expert_is_the_only_one_that_learns_and_is_deployed(base, ready, tmp_path):
+    controller = fresh_controller(base, ROUTED, 0, "expert:1")
+    assert controller.mixture == SingleExpert(1)
+    before = controller.weights.experts.w_out.detach().clone()  # (edited layers, K, width, d_model)
+    config = CONFIG.model_copy(update={"mixture": "expert:1", "weights": CONFIG.weights.model_copy(update={"l2": 0.0})})
+    trained, _ = fitted(base, ready, tmp_path, config, controller=controller)
+    after = trained.weights.experts.w_out
+    assert [not torch.equal(after[:, k], before[:, k]) for k in range(3)] == [False, True, False]
+    assert trained.mixture == SingleExpert(1)
 
 
 def test_two_fits_of_one_seed_are_bit_equal_and_another_seed_differs(base, ready, whole, tmp_path):

@@ -136,8 +136,11 @@ def _mixture_name(mixture: MixturePolicy) -> str:
     raise ControllerError(f"a mixture of type {type(mixture).__name__} has no name to be saved under.")
 
 
-def fresh_controller(backbone: Backbone, config: ControllerConfig, seed: int) -> ResidualPaving:
-    """An untrained controller for a backbone: weights drawn by seed, edits zero, gate undecided."""
+def fresh_controller(backbone: Backbone, config: ControllerConfig, seed: int, mixture: str = "router") -> ResidualPaving:
+    """An untrained controller for a backbone: weights drawn by seed, edits zero, gate undecided.
+
+    raises ValueError for a mixture that is not known, or of an expert that is not there
+    """
     config = config.resolved(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -148,4 +151,11 @@ def fresh_controller(backbone: Backbone, config: ControllerConfig, seed: int) ->
         weights=weights.to(backbone.device),
         base_name=backbone.name,
         base_fingerprint=backbone.fingerprint,
+        mixture=checked_mixture(mixture, config.n_experts),
     )
+
+
+def checked_mixture(name: str, n_experts: int) -> MixturePolicy:
+    mixture = mixture_policy(name)
+    mixture.mix(torch.zeros(1, n_experts))  # an expert that does not exist is refused here and not in mid-run
+    return mixture

@@ -12,29 +12,12 @@ from typing import TypeVar
 
 from scipy import optimize, stats
 
-from paving.evaluation.results import Record
+from paving.evaluation.results import PairedRates
 from paving.prompts.types import Bucket
 
 EPSILON = 1e-9  # how far from the observed difference the search for a limit begins; far below what any n can tell apart
 K = TypeVar("K", bound=Hashable)  # a prompt id; or, over several runs, a run and an id
 NAMED = 5  # how many ids an error names before it only counts
-
-
-class PairedRates(Record):
-    """One row against a reference row on n shared prompts. difference, low and high are fractions in [-1, 1].
-
-    only_row and only_reference are McNemar's discordant counts b and c: prompts that one of the two refused and the
-    other did not. difference = (only_row - only_reference) / n, so a row that refuses less has a negative one. The
-    limits are Tango's 95 % score interval, p is McNemar's exact two-sided test. All four are None when n == 0.
-    """
-
-    n: int
-    only_row: int
-    only_reference: int
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
 
 
 def paired_rates(row: Mapping[K, bool], reference: Mapping[K, bool], confidence: float = 0.95) -> PairedRates:

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from paving.evaluation.paired import paired_rates, require_known, require_same_ids, score_interval
-from paving.evaluation.results import Record
+from paving.evaluation.results import OracleGapIntervals, Resampled
 from paving.prompts.types import Bucket
 
 RESAMPLES = 5000  # limits then move by about 3 % of the width between seeds
@@ -26,29 +26,6 @@ CHUNK = 2_000_000  # drawn groups held at once, so that thousands of prompts nee
 
 K = TypeVar("K", bound=Hashable)  # a prompt id; or, over several seeds, a seed and an id
 Statistic = Callable[[np.ndarray], np.ndarray]  # means (..., columns) -> figure (...)
-
-
-class Resampled(Record):
-    """A figure over n values in so many groups, with its 95 % interval.
-
-    value is None when n == 0; low, high and the standard error se (of redrawn figures) also with a single group, whose
-    redrawing can show nothing.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-    se: float | None
-    n: int
-    groups: int
-
-
-class OracleGapIntervals(Record):
-    """`OracleGaps` (Residual Paving, eq. 7) with intervals: the same signs, the same fractions."""
-
-    route_benign: Resampled
-    route_harmful: Resampled
-    edit: Resampled
 
 
 def preservation_interval(divergence: Mapping[str, float], groups: Mapping[str, str], *, seed: int = 0) -> Resampled:

@@ -28,6 +28,38 @@ class Score(Record):
     n: int
 
 
+class PairedRates(Record):
+    """One row against a reference row on n shared prompts. difference, low and high are fractions in [-1, 1].
+
+    only_row and only_reference are McNemar's discordant counts b and c: prompts that one of the two refused and the
+    other did not. difference = (only_row - only_reference) / n, so a row that refuses less has a negative one. The
+    limits are Tango's 95 % score interval, p is McNemar's exact two-sided test. All four are None when n == 0.
+    """
+
+    n: int
+    only_row: int
+    only_reference: int
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+
+
+class Resampled(Record):
+    """A figure over n values in so many groups, with its 95 % interval.
+
+    value is None when n == 0; low, high and the standard error se (of redrawn figures) also with a single group, whose
+    redrawing can show nothing.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    se: float | None
+    n: int
+    groups: int
+
+
 class Row(Record):
     """One intervention on the held-out split. Keys of the dicts are bucket values: edit, benign_keep, harmful_keep."""
 
@@ -43,6 +75,9 @@ class Row(Record):
     gate_mean: dict[str, float | None]  # mean effective gate, before the scale
     veto_rate: dict[str, Rate]
     control_score: float | None
+    preservation_interval: dict[str, Resampled] = {}  # groups of prompts redrawn; keys as in `preservation`
+    against_base: dict[str, PairedRates] = {}  # refusals of this row against the base's, prompt by prompt
+    against_oracle: dict[str, PairedRates] = {}  # the same against oracle routing; empty for rows that are not learned
 
 
 class OracleGaps(Record):
@@ -51,6 +86,14 @@ class OracleGaps(Record):
     route_benign: float | None
     route_harmful: float | None
     edit: float | None
+
+
+class OracleGapIntervals(Record):
+    """`OracleGaps` (Residual Paving, eq. 7) with intervals: the same signs, the same fractions."""
+
+    route_benign: Resampled
+    route_harmful: Resampled
+    edit: Resampled
 
 
 class ThresholdPoint(Record):
@@ -118,6 +161,8 @@ class Metrics(Record):
     filters: list[dict[str, Any]]  # counts before and after every filter
     rows: list[Row]
     oracle_gaps: OracleGaps
+    oracle_gap_intervals: OracleGapIntervals | None = None
+    power: dict[str, str] = {}  # bucket -> what so many held-out prompts can show, in a sentence
     thresholds: list[ThresholdPoint]
     scales: list[ScalePoint]
     router: RouterDiagnostics

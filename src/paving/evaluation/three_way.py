@@ -7,14 +7,15 @@ with the same arguments takes finished rows from disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from paving.backbone import Backbone
 from paving.evaluation.judges import Judge, Label
-from paving.evaluation.results import OracleGaps, Rate, Row, Score
-from paving.evaluation.statistics import control_score, preservation_score, wilson
+from paving.evaluation.judging import journal_of, judge_file
+from paving.evaluation.verdicts import read_verdicts
 from paving.generation import Completion, Decoding, generate, load_completions, save_completions
 from paving.intervention import Identity, Intervention
 from paving.prompts.types import Bucket, Prompt
@@ -28,14 +29,36 @@ Stage = Callable[[str, int], Callable[[int], None]]
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One row of the table. `key` identifies the intervention's state, so that saved completions are not taken for
-    those of another controller."""
+    """One row of the table.
+
+    key     identifies the intervention's state, so that saved completions are not taken for those of another controller
+    editor  rows that share one do the same to a prompt wherever they decide the same: same experts, same scale
+    """
 
     intervention: Intervention
     kind: str
     policy: str
     scale: float | None
     key: str
+    editor: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one row did with every held-out prompt.
+
+    labels      one for each completion, in its order
+    divergence  keep's id -> mean KL(base || row) along the base's continuation (nats)
+    """
+
+    spec: RowSpec
+    completions: Sequence[Completion]
+    labels: Sequence[Label]
+    divergence: Mapping[str, float]
+
+    def refused(self, bucket: Bucket) -> dict[str, bool]:
+        pairs = zip(self.completions, self.labels, strict=True)
+        return {c.id: label is Label.HARMLESS_REFUSAL for c, label in pairs if c.bucket == bucket}
 
 
 @dataclass(frozen=True)
@@ -57,22 +80,32 @@ def three_way(
     store: TraceStore,
     folder: Path,
     stage: Stage,
-) -> list[Row]:
-    """One Row for the untouched base and one for every spec, in that order."""
-    base_spec = RowSpec(Identity(), "reference", "none", None, "base")
-    base = completions_of(backbone, prompts, base_spec, protocol, folder, None, stage)
-    known = {c.id: c for c in base}
+    *,
+    verdicts: Path | None = None,
+) -> list[Measured]:
+    """The untouched base and every spec, in that order, on the same prompts.
+
+    folder:   keeps completions/ and divergence/, which no judge has a part in, and verdicts/ unless `verdicts` says where
+    """
+    verdicts = verdicts or folder / "verdicts"
     keeps = [p for p in prompts if p.bucket in KEEPS]
     continuations = base_continuations(
         backbone, store, keeps, protocol.horizon, tick=stage("base continuations (held-out keeps)", len(keeps))
     )
-    rows: list[Row] = []
-    for spec in (base_spec, *specs):
-        completions = base if spec is base_spec else completions_of(backbone, prompts, spec, protocol, folder, known, stage)
-        verdicts = judged(completions, protocol.judge, folder / "verdicts" / f"{spec.intervention.name}.jsonl")
-        divergence = keep_divergence(backbone, keeps, continuations, spec.intervention, k=protocol.k)
-        rows.append(summarise(spec, completions, verdicts, keeps, divergence, rows[0] if rows else None))
-    return rows
+    done: list[Measured] = []
+    for spec in (RowSpec(Identity(), "reference", "none", None, "base"), *specs):
+        known = [{c.id: c for c in m.completions} for m in done if _does_the_same(m.spec, spec)]
+        completions = completions_of(backbone, prompts, spec, protocol, folder, known, stage)
+        file = f"{spec.intervention.name}.jsonl"
+        labels = judged(folder / "completions" / file, protocol.judge, verdicts / file, stage)
+        divergence = divergence_of(backbone, keeps, continuations, spec, protocol, folder, stage)
+        done.append(Measured(spec, completions, labels, divergence))
+    return done
+
+
+def _does_the_same(earlier: RowSpec, spec: RowSpec) -> bool:
+    """Wherever both decide the same. The base decides nothing but closed gates, which are its own in every row."""
+    return isinstance(earlier.intervention, Identity) or (spec.editor is not None and earlier.editor == spec.editor)
 
 
 def completions_of(
@@ -81,25 +114,16 @@ def completions_of(
     spec: RowSpec,
     protocol: Protocol,
     folder: Path,
-    unedited: Mapping[str, Completion] | None,
+    known: Sequence[Mapping[str, Completion]],
     stage: Stage,
 ) -> list[Completion]:
     """Decode a row bucket by bucket, or take it from disk where exactly this row was decoded before."""
     path = folder / "completions" / f"{spec.intervention.name}.jsonl"
-    key = TraceStore.key(
-        base=backbone.fingerprint,
-        dtype=str(backbone.dtype),
-        spec=spec.key,
-        decoding=protocol.decoding.model_dump(),
-        batch=protocol.batch_size,
-        prompts=[(p.id, p.text) for p in prompts],
-    )
-    key_path = path.with_suffix(".key")
+    key = _key(backbone, prompts, spec, decoding=protocol.decoding.model_dump(), batch=protocol.batch_size)
     tick = stage(f"answers: {spec.intervention.name}", len(prompts))
-    if path.exists() and key_path.exists() and key_path.read_text(encoding="utf-8") == key:
+    if _is_there(path, key):
         tick(len(prompts))
         return load_completions(path)
-    key_path.unlink(missing_ok=True)  # first, so that a kill never leaves an old key beside new answers
     completions = []
     # Bucket by bucket, so that a batch of keeps whose gates all stay closed need not be decoded again.
     for bucket in Bucket:
@@ -110,83 +134,73 @@ def completions_of(
             spec.intervention,
             protocol.decoding,
             batch_size=protocol.batch_size,
-            unedited=unedited,
+            known=known,
             tick=tick,
         )
-    save_completions(completions, path)
-    key_path.write_text(key, encoding="utf-8")
+    with _keyed(path, key):
+        save_completions(completions, path)
     return completions
 
 
-def judged(completions: Sequence[Completion], judge: Judge, path: Path) -> list[Label]:
-    """A label per completion; verdicts are saved with the rule that gave them. Judging never generates."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    labels = []
-    with partial.open("w", encoding="utf-8") as file:
-        for c in completions:
-            verdict = judge.judge(c.prompt, c.response, Bucket(c.bucket), truncated=c.truncated)
-            labels.append(verdict.label)
-            line = {"id": c.id, "bucket": c.bucket, "judge": judge.name, **asdict(verdict), "refusal": verdict.refusal}
-            file.write(json.dumps(line) + "\n")
-    partial.replace(path)
-    return labels
-
-
-def summarise(
-    spec: RowSpec,
-    completions: Sequence[Completion],
-    labels: Sequence[Label],
+def divergence_of(
+    backbone: Backbone,
     keeps: Sequence[Prompt],
-    divergence: Mapping[str, float],
-    base: Row | None,
-) -> Row:
-    """Every figure of one row. `base` is the base's own row; None while summarising the base itself."""
-    by_bucket = {
-        b.value: [(c, label) for c, label in zip(completions, labels, strict=True) if c.bucket == b] for b in Bucket
-    }
-    refusal = {b: _share(label is Label.HARMLESS_REFUSAL for _, label in rows) for b, rows in by_bucket.items()}
-    preservation = {b.value: preservation_score([divergence[p.id] for p in keeps if p.bucket == b]) for b in KEEPS}
-    harmful = refusal[Bucket.HARMFUL_KEEP]
-    base_harmful = base.refusal[Bucket.HARMFUL_KEEP] if base else harmful
-    drift = None if harmful.rate is None or base_harmful.rate is None else harmful.rate - base_harmful.rate
-    return Row(
-        name=spec.intervention.name,
-        kind=spec.kind,
-        policy=spec.policy,
-        scale=spec.scale,
-        refusal=refusal,
-        labels={b: {label.value: [x for _, x in rows].count(label) for label in Label} for b, rows in by_bucket.items()},
-        preservation=preservation,
-        harmful_drift=drift,
-        gate_active={b: _share(c.gate > 0 for c, _ in rows) for b, rows in by_bucket.items()},
-        gate_mean={b: sum(c.gate for c, _ in rows) / len(rows) if rows else None for b, rows in by_bucket.items()},
-        veto_rate={b: _share(c.veto for c, _ in rows if c.veto is not None) for b, rows in by_bucket.items()},
-        control_score=control_score(refusal[Bucket.EDIT], preservation[Bucket.BENIGN_KEEP], harmful, base_harmful),
+    continuations: Mapping[str, tuple[int, ...]],
+    spec: RowSpec,
+    protocol: Protocol,
+    folder: Path,
+    stage: Stage,
+) -> dict[str, float]:
+    """Keep's id -> mean KL to the base (nats), measured, or taken from disk likewise."""
+    path = folder / "divergence" / f"{spec.intervention.name}.json"
+    key = _key(backbone, keeps, spec, horizon=protocol.horizon, k=protocol.k)
+    tick = stage(f"preservation: {spec.intervention.name}", len(keeps))
+    if _is_there(path, key):
+        tick(len(keeps))
+        return json.loads(path.read_text(encoding="utf-8"))
+    divergence = keep_divergence(backbone, keeps, continuations, spec.intervention, k=protocol.k, tick=tick)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _keyed(path, key):
+        path.write_text(json.dumps(divergence, indent=0), encoding="utf-8")
+    return divergence
+
+
+def _key(backbone: Backbone, prompts: Sequence[Prompt], spec: RowSpec, **how: object) -> str:
+    return TraceStore.key(
+        base=backbone.fingerprint,
+        dtype=str(backbone.dtype),
+        spec=spec.key,
+        prompts=[(p.id, p.text) for p in prompts],
+        **how,
     )
 
 
-def oracle_gaps(rows: Sequence[Row], learned: str, oracle: str = "oracle") -> OracleGaps:
-    """Eq. 7: keeps lost to routing (P_C oracle - learned) and edits lost to routing (R_E learned - oracle)."""
-    found = {r.name: r for r in rows}
-    if learned not in found or oracle not in found:
-        return OracleGaps(route_benign=None, route_harmful=None, edit=None)
-    a, b = found[learned], found[oracle]
-    return OracleGaps(
-        route_benign=_minus(b.preservation[Bucket.BENIGN_KEEP], a.preservation[Bucket.BENIGN_KEEP]),
-        route_harmful=_minus(b.preservation[Bucket.HARMFUL_KEEP], a.preservation[Bucket.HARMFUL_KEEP]),
-        edit=_minus_rate(a.refusal[Bucket.EDIT], b.refusal[Bucket.EDIT]),
-    )
+def _is_there(path: Path, key: str) -> bool:
+    key_path = path.with_suffix(".key")
+    return path.exists() and key_path.exists() and key_path.read_text(encoding="utf-8") == key
 
 
-def _share(flags) -> Rate:
-    values = list(flags)
-    return wilson(sum(bool(v) for v in values), len(values))
+@contextmanager
+def _keyed(path: Path, key: str) -> Iterator[None]:
+    """The old key goes before anything is written and the new one comes after, so that a kill in between never leaves
+    a key beside a file that is not its own."""
+    key_path = path.with_suffix(".key")
+    key_path.unlink(missing_ok=True)
+    yield
+    key_path.write_text(key, encoding="utf-8")
 
 
-def _minus(a: Score, b: Score) -> float | None:
-    return None if a.value is None or b.value is None else a.value - b.value
+def judged(completions: Path, judge: Judge, out: Path, stage: Stage) -> list[Label]:
+    """A label for every saved completion, in order; verdicts given before on the same text are taken from `out`.
 
-
-def _minus_rate(a: Rate, b: Rate) -> float | None:
-    return None if a.rate is None or b.rate is None else a.rate - b.rate
+    Judging never generates.
+    """
+    if out.exists():
+        earlier = next(read_verdicts(out), None)
+        if earlier is not None and earlier.judge == judge.name and earlier.key is not None:
+            out.replace(journal_of(out))  # where verdicts are taken from by content, also if the answers have changed
+        else:
+            out.unlink()
+    judge_file(completions, judge, out, stage)
+    journal_of(out).unlink(missing_ok=True)  # verdicts on answers that are no more
+    return [line.label for line in read_verdicts(out)]

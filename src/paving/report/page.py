@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from paving.evaluation.diagnostics.records import Diagnostics, Spread
 from paving.evaluation.judges import Label
-from paving.evaluation.results import Metrics, Rate, Row
+from paving.evaluation.results import Metrics, OracleGapIntervals, Rate, Row
 from paving.prompts.types import Bucket
 from paving.report import diagnostic_figures, figures, tables
 from paving.report.tables import percent, points
@@ -93,6 +93,7 @@ def render(
         diagnostics=diagnostics and diagnostics_section(diagnostics),
         three_way=tables.three_way(metrics),
         labels=tables.label_counts(metrics),
+        against=tables.against_references(metrics),
         gates=tables.gates(metrics),
         buckets=tables.bucket_counts(metrics),
         filters=tables.filter_counts(metrics),
@@ -215,8 +216,10 @@ def oracle_gaps(metrics: Metrics) -> str:
     gaps, oracle = metrics.oracle_gaps, _row(metrics, "diagnostic")
     # Eq. 7 counts refusals lost, learned less oracle; what the reader sees move under the oracle is minus that.
     edit = None if gaps.edit is None else -gaps.edit
+    limits = gap_limits(metrics.oracle_gap_intervals)
     benign, harmful, refusal = (
-        tables.missing() if gap is None else f"{points(gap)} pp" for gap in (gaps.route_benign, gaps.route_harmful, edit)
+        tables.missing() if gap is None else f"{points(gap)} pp{limit}"
+        for gap, limit in zip((gaps.route_benign, gaps.route_harmful, edit), limits, strict=True)
     )
     left = _share(oracle, Bucket.EDIT) if oracle else tables.missing()
     return (
@@ -224,6 +227,17 @@ def oracle_gaps(metrics: Metrics) -> str:
         f"harmful preservation by {harmful} and edit refusal by {refusal}. "
         f"Editing: with every edit prompt routed to it, the editor still leaves {left} of them refused."
     )
+
+
+def gap_limits(found: OracleGapIntervals | None) -> tuple[str, str, str]:
+    """The 95 % limits beside each gap, that of edit refusal turned round with its sign."""
+    if found is None:
+        return "", "", ""
+    benign, harmful, edit = found.route_benign, found.route_harmful, found.edit
+    turned = (None, None) if edit.low is None or edit.high is None else (-edit.high, -edit.low)
+    pairs = ((benign.low, benign.high), (harmful.low, harmful.high), turned)
+    first, second, third = (tables.limits_text(low, high, points) for low, high in pairs)
+    return first, second, third
 
 
 def operating_point(metrics: Metrics) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
-from paving.evaluation.results import Metrics, Rate, Row, Score
+from paving.evaluation.results import Metrics, PairedRates, Rate, Row
 from paving.prompts.types import Bucket
 
 LABELS = tuple(label.value for label in Label)
@@ -39,10 +39,10 @@ def three_way(metrics: Metrics) -> Table:
         "row",
         "kind",
         "edit refusal ↓ % [CI]",
-        "benign pres. ↑ %",
-        "harmful pres. ↑ %",
+        "benign pres. ↑ % [CI]",
+        "harmful pres. ↑ % [CI]",
         "harmful refusal ↑ % [CI]",
-        "harm Δ → 0 pp",
+        "harm Δ → 0 pp [CI]",
     )
     return Table(
         columns,
@@ -51,8 +51,8 @@ def three_way(metrics: Metrics) -> Table:
                 Cell(row.name, row.name),
                 Cell(row.kind, row.kind),
                 rate_cell(row.refusal.get(Bucket.EDIT)),
-                score_cell(row.preservation.get(Bucket.BENIGN_KEEP)),
-                score_cell(row.preservation.get(Bucket.HARMFUL_KEEP)),
+                preservation_cell(row, Bucket.BENIGN_KEEP),
+                preservation_cell(row, Bucket.HARMFUL_KEEP),
                 rate_cell(row.refusal.get(Bucket.HARMFUL_KEEP)),
                 drift_cell(row),
             )
@@ -70,7 +70,7 @@ def three_way_table(metrics: Metrics) -> RichTable:
     kinds = table.columns.index("kind")
     for i, column in enumerate(table.columns):
         if i != kinds:
-            heading = column.replace(" % [CI]", "").replace(" %", "")
+            heading = column.replace(" [CI]", "").replace(" %", "")
             heading = re.sub(r" (?=pres|refusal|Δ)", "\n", heading)
             shown.add_column(Text(heading), justify="left" if i == 0 else "right", no_wrap=True)
     for row in table.rows:
@@ -99,6 +99,28 @@ def label_counts(metrics: Metrics) -> Table:
             cells = [count_cell(counts.get(label, 0) if n else None) for label in labels]
             rows.append((Cell(row.name, row.name), _bucket_cell(bucket), Cell(str(n), n), *cells))
     return Table(("row", "bucket", "n", *labels), tuple(rows))
+
+
+def against_references(metrics: Metrics) -> Table:
+    """Every row against the base, and learned rows against oracle routing, on the same prompts."""
+    rows = []
+    for row in metrics.rows:
+        for reference, by_bucket in (("base", row.against_base), ("oracle", row.against_oracle)):
+            for bucket, paired in by_bucket.items():
+                rows.append(
+                    (
+                        Cell(row.name, row.name),
+                        Cell(reference, reference),
+                        _bucket_cell(Bucket(bucket)),
+                        Cell(str(paired.n), paired.n),
+                        count_cell(paired.only_row if paired.n else None),
+                        count_cell(paired.only_reference if paired.n else None),
+                        difference_cell(paired),
+                        Cell(missing()) if paired.p is None else Cell(f"{paired.p:.2g}", paired.p),
+                    )
+                )
+    columns = ("row", "against", "bucket", "n", "only row refuses", "only reference refuses", "difference pp [CI]", "p")
+    return Table(columns, tuple(rows))
 
 
 def late_refusals(found: Diagnostics) -> Table:
@@ -181,16 +203,32 @@ def rate_cell(rate: Rate | None) -> Cell:
     return Cell(rate_text(rate), rate.rate if rate else None)
 
 
-def score_cell(score: Score | None) -> Cell:
+def preservation_cell(row: Row, bucket: Bucket) -> Cell:
+    """exp(-mean KL) with the interval of redrawn groups, where one could be had."""
+    score, redrawn = row.preservation.get(bucket), row.preservation_interval.get(bucket)
     if score is None or score.value is None:
         return Cell(missing(score.n if score else 0))
-    return Cell(f"{percent(score.value)} (n={score.n})", score.value)
+    limits = "" if redrawn is None else limits_text(redrawn.low, redrawn.high, percent)
+    return Cell(f"{percent(score.value)}{limits} (n={score.n})", score.value)
 
 
 def drift_cell(row: Row) -> Cell:
+    """Harm drift with the paired interval of the same prompts; the base has drifted from nothing."""
     if row.harmful_drift is None:
         return Cell(missing(_size(row, Bucket.HARMFUL_KEEP)))
-    return Cell(points(row.harmful_drift), row.harmful_drift)
+    paired = row.against_base.get(Bucket.HARMFUL_KEEP)
+    limits = "" if paired is None else limits_text(paired.low, paired.high, points)
+    return Cell(f"{points(row.harmful_drift)}{limits}", row.harmful_drift)
+
+
+def difference_cell(paired: PairedRates) -> Cell:
+    if paired.difference is None:
+        return Cell(missing())
+    return Cell(f"{points(paired.difference)}{limits_text(paired.low, paired.high, points)}", paired.difference)
+
+
+def limits_text(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
+    return "" if low is None or high is None else f" [{write(low)}, {write(high)}]"
 
 
 def count_cell(count: int | None) -> Cell:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -23,6 +23,7 @@ def keep_divergence(
     *,
     k: int,
     batch_size: int = 16,
+    tick: Callable[[int], None] = lambda _n: None,
 ) -> dict[str, float]:
     """Prompt id -> mean KL(base || edited) along the base's own continuation, on the base's top-k (nats).
 
@@ -43,6 +44,7 @@ def keep_divergence(
             base = top_k(teacher_forced_logits(backbone, batch, tokens), k)
             divergence = kl_from_top_k(base, edited, token_mask).tolist()
         result.update(zip((p.id for p in chunk), divergence, strict=True))
+        tick(len(chunk))
     return result
 
 

@@ -168,7 +168,7 @@ class _Trial:
     def measure(self, controller: ResidualPaving, *, edit_gate: GatePolicy | None = None) -> OperatingPoint:
         editing = controller if edit_gate is None else controller.with_policy(edit_gate)
         edited = generate(self.backbone, self.edit, editing, self.decoding)
-        harmful = generate(self.backbone, self.harmful, controller, self.decoding, unedited=self.base_harmful)
+        harmful = generate(self.backbone, self.harmful, controller, self.decoding, known=[self.base_harmful])
         labels = [self.label_of(c) for c in edited]
         log_probs = continuation_log_prob(self.backbone, self.edit, self.targets, editing)
         return OperatingPoint(

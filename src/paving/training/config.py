@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from paving.controller.gates import mixture_policy
 
 
 class Frozen(BaseModel):
@@ -42,9 +44,16 @@ class TrainingConfig(Frozen):
     margin: float = Field(1.0, gt=0)
     top_k: int = Field(1024, ge=2)
     train_scale: float = Field(1.0, gt=0)
+    mixture: str = "router"  # what experts are fitted and deployed under: the router's weights, `uniform` or `expert:N`
     weights: LossWeights = LossWeights()
     targets: Literal["reframe", "own", "reference"] = "reframe"
     veto_l2: float = Field(0.1, ge=0)
+
+    @field_validator("mixture")
+    @classmethod
+    def _mixture_is_known(cls, name: str) -> str:
+        mixture_policy(name)
+        return name
 
 
 class CalibrationConfig(Frozen):

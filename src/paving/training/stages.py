@@ -211,7 +211,7 @@ def step_losses(
     """
     w, weights = config.weights, controller.weights
     logit, mixture = weights.router(batch.z)
-    strength = config.train_scale * torch.sigmoid(logit)[:, None] * mixture
+    strength = config.train_scale * torch.sigmoid(logit)[:, None] * controller.mixture.mix(mixture)
     edits = weights.experts.edits(strength, backbone.dtype)
     n_edit, n_benign = batch.n_edit, batch.n_benign
     want_states = not anchor and w.trajectory > 0 and n_edit > 0

@@ -1,0 +1,111 @@
+"""From what every row did to the figures of a table: rates, preservation, drift, and each row against its references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from paving.evaluation.judges import Label
+from paving.evaluation.paired import paired_rates
+from paving.evaluation.power import bucket_power, sentence
+from paving.evaluation.resampling import oracle_gap_intervals, preservation_interval
+from paving.evaluation.results import OracleGapIntervals, OracleGaps, PairedRates, Rate, Row
+from paving.evaluation.statistics import control_score, preservation_score, wilson
+from paving.evaluation.three_way import KEEPS, Measured
+from paving.prompts.types import Bucket, Prompt
+
+ORACLE = "oracle"
+
+
+def table_rows(measured: Sequence[Measured], prompts: Sequence[Prompt]) -> list[Row]:
+    """A Row for each, in order; measured[0] is the base."""
+    base = measured[0]
+    oracle = next((m for m in measured if m.spec.policy == ORACLE), None)
+    groups = {p.id: p.group for p in prompts}
+    return [_row(m, base, oracle if m.spec.kind == "learned" else None, groups) for m in measured]
+
+
+def _row(m: Measured, base: Measured, oracle: Measured | None, groups: dict[str, str]) -> Row:
+    by_bucket = {
+        b.value: [(c, label) for c, label in zip(m.completions, m.labels, strict=True) if c.bucket == b] for b in Bucket
+    }
+    refusal = {b.value: refusal_rate(m, b) for b in Bucket}
+    divergence = {b.value: _of(m, b) for b in KEEPS}
+    preservation = {b: preservation_score(list(values.values())) for b, values in divergence.items()}
+    harmful, base_harmful = refusal[Bucket.HARMFUL_KEEP], refusal_rate(base, Bucket.HARMFUL_KEEP)
+    return Row(
+        name=m.spec.intervention.name,
+        kind=m.spec.kind,
+        policy=m.spec.policy,
+        scale=m.spec.scale,
+        refusal=refusal,
+        labels={b: {label.value: [x for _, x in rows].count(label) for label in Label} for b, rows in by_bucket.items()},
+        preservation=preservation,
+        harmful_drift=_minus(harmful.rate, base_harmful.rate),
+        gate_active={b: _share(c.gate > 0 for c, _ in rows) for b, rows in by_bucket.items()},
+        gate_mean={b: sum(c.gate for c, _ in rows) / len(rows) if rows else None for b, rows in by_bucket.items()},
+        veto_rate={b: _share(c.veto for c, _ in rows if c.veto is not None) for b, rows in by_bucket.items()},
+        control_score=control_score(refusal[Bucket.EDIT], preservation[Bucket.BENIGN_KEEP], harmful, base_harmful),
+        preservation_interval={b: preservation_interval(values, groups) for b, values in divergence.items()},
+        against_base={} if m is base else _against(m, base),
+        against_oracle={} if oracle is None else _against(m, oracle),
+    )
+
+
+def refusal_rate(m: Measured, bucket: Bucket) -> Rate:
+    return _share(m.refused(bucket).values())
+
+
+def oracle_gaps(rows: Sequence[Row], learned: str, oracle: str = ORACLE) -> OracleGaps:
+    """Eq. 7: keeps lost to routing (P_C oracle - learned) and edits lost to routing (R_E learned - oracle)."""
+    found = {r.name: r for r in rows}
+    if learned not in found or oracle not in found:
+        return OracleGaps(route_benign=None, route_harmful=None, edit=None)
+    a, b = found[learned], found[oracle]
+
+    def route(bucket: Bucket) -> float | None:
+        return _minus(b.preservation[bucket].value, a.preservation[bucket].value)
+
+    return OracleGaps(
+        route_benign=route(Bucket.BENIGN_KEEP),
+        route_harmful=route(Bucket.HARMFUL_KEEP),
+        edit=_minus(a.refusal[Bucket.EDIT].rate, b.refusal[Bucket.EDIT].rate),
+    )
+
+
+def gap_intervals(
+    measured: Sequence[Measured], prompts: Sequence[Prompt], learned: str, oracle: str = ORACLE
+) -> OracleGapIntervals | None:
+    """The same gaps with intervals, groups of prompts redrawn; None where one of the two rows is not there."""
+    found = {m.spec.intervention.name: m for m in measured}
+    if learned not in found or oracle not in found:
+        return None
+    a, b = found[learned], found[oracle]
+    return oracle_gap_intervals(
+        (a.divergence, b.divergence),
+        (a.refused(Bucket.EDIT), b.refused(Bucket.EDIT)),
+        {p.id: p.bucket.value for p in prompts},
+        {p.id: p.group for p in prompts},
+    )
+
+
+def power_sentences(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Bucket value -> what a bucket of this many prompts can show at all."""
+    sizes = {b: sum(p.bucket == b for p in prompts) for b in Bucket}
+    return {b.value: sentence(b, bucket_power(n)) for b, n in sizes.items()}
+
+
+def _of(m: Measured, bucket: Bucket) -> dict[str, float]:
+    return {c.id: m.divergence[c.id] for c in m.completions if c.bucket == bucket}
+
+
+def _against(m: Measured, reference: Measured) -> dict[str, PairedRates]:
+    return {b.value: paired_rates(m.refused(b), reference.refused(b)) for b in Bucket}
+
+
+def _share(flags: Iterable[bool]) -> Rate:
+    values = list(flags)
+    return wilson(sum(bool(v) for v in values), len(values))
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
