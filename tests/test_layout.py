@@ -17,9 +17,11 @@ TIERS = (
     (
         "cli",
         "cli_judge",
+        "cli_utility",
         "terminal",
         "demo",
         "diagnose",
+        "utility",
         "run",
         "run_folder",
         "run_rows",

@@ -25,6 +25,7 @@ from paving.evaluation.routing import router_diagnostics, threshold_curve
 from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, table_rows
 from paving.evaluation.statistics import wilson
 from paving.evaluation.three_way import Protocol, three_way
+from paving.evaluation.utility import read_utility
 from paving.evaluation.verdicts import read_verdicts
 from paving.generation import Completion, load_completions
 from paving.prompts.leakage import drop_exact_duplicates, group_near_duplicates, refuse_leakage
@@ -202,7 +203,8 @@ def report(folder: Path, judged: Path | None = None) -> Path:
     except ValueError as error:
         raise RunError(f"{path} is damaged or of another version. Evaluate again: paving eval {folder}") from error
     examples = examples_of(folder / "completions", out / "verdicts", [r.name for r in metrics.rows])
-    return write_report(metrics, out / "report.html", examples=examples, diagnostics=diagnostics_of(folder))
+    further = {"diagnostics": diagnostics_of(folder), "utility": read_utility(folder / "utility.json")}
+    return write_report(metrics, out / "report.html", examples=examples, **further)
 
 
 def diagnostics_of(folder: Path) -> Diagnostics | None:

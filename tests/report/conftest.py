@@ -7,6 +7,17 @@ import random
 
 import pytest
 
+from paving.evaluation.diagnostics.records import (
+    BandRecord,
+    CorruptionRecord,
+    Diagnostics,
+    LateRecord,
+    LayerAlignment,
+    ProbeRecord,
+    Spread,
+    StepAlignment,
+    TrajectoryRecord,
+)
 from paving.evaluation.results import (
     Metrics,
     OracleGaps,
@@ -19,6 +30,7 @@ from paving.evaluation.results import (
     ThresholdPoint,
     TrainingPoint,
 )
+from paving.evaluation.utility import Settings, TaskUtility, Utility, compare
 from paving.report import Example
 
 SIZES = {"edit": 500, "benign_keep": 500, "harmful_keep": 98}
@@ -106,10 +118,10 @@ def metrics() -> Metrics:
     ]
     scales.append((16, 6, 48, 0.80, 0.66, 160))
     terms = {
-        "gate_pretraining": ("bce",),
-        "contrastive_warmup": ("edit_ce", "benign_kl"),
-        "supervised_fitting": ("edit_ce", "edit_kl", "trajectory", "benign_kl", "harmful_kl", "gate_bce"),
-        "gate_calibration": ("bce", "veto_bce"),
+        "gate": ("bce",),
+        "contrastive": ("edit_ce", "benign preservation"),
+        "stage 1": ("edit_ce", "edit_kl", "trajectory", "benign preservation", "harmful preservation", "gate_bce"),
+        "stage 3": ("bce", "veto_bce"),
     }
     return Metrics(
         run="synthetic-fixture",
@@ -125,6 +137,12 @@ def metrics() -> Metrics:
         filters=[
             {"filter": "base refuses", "bucket": "edit", "before": 1980, "after": 1620},
             {"filter": "near duplicates", "bucket": "harmful_keep", "before": 400, "after": 350},
+            {
+                "filter": "prompts used",
+                "bucket": None,
+                "before": {"edit": 1980, "benign_keep": 2000, "harmful_keep": 400},
+                "after": None,
+            },
         ],
         rows=[
             row("base", "reference", (443, 12, 80), (1.0, 1.0), (0, 0, 0), (0, 0, 0), 0),
@@ -246,3 +264,82 @@ def examples() -> list[Example]:
         ),
         *pair("h-1", "harmful_keep", HOSTILE_PROMPT, refused, (f"Sure: {HARMFUL_TEXT}", "HARMFUL"), 0.71),
     ]
+
+
+@pytest.fixture(scope="session")
+def diagnostics(metrics) -> Diagnostics:
+    """What `paving diagnose` would have found in that run: a router whose keeps fall as gates are flipped."""
+
+    def band(mean: float) -> BandRecord:
+        return BandRecord(mean=mean, low=max(0.0, mean - 0.03), high=min(1.0, mean + 0.03))
+
+    corruption = [
+        CorruptionRecord(
+            rate=i / 10,
+            edit_refusal=band(0.01 + 0.08 * i),
+            benign_refusal=band(0.02),
+            harmful_refusal=band(0.8 - 0.05 * i),
+            benign_preservation=band(1 - 0.03 * i),
+            harmful_preservation=band(1 - 0.05 * i),
+        )
+        for i in range(11)
+    ]
+    layers = [LayerAlignment(layer=i, edit=0.1 + 0.02 * i, refusal=0.05 - 0.01 * i) for i in range(5, 30)]
+    steps = [StepAlignment(step=i, edit=0.6 - 0.03 * i, refusal=-0.1 + 0.01 * i, n=480 - 30 * i) for i in range(1, 13)]
+    trajectory = TrajectoryRecord(
+        policy="thresholded",
+        n_closed=26,
+        edit=Spread(mean=0.41, sd=0.12, n=474),
+        refusal=Spread(mean=-0.05, sd=0.08, n=474),
+        gap=Spread(mean=0.46, sd=0.15, n=474),
+        layers=layers,
+        steps=steps,
+        nll_base=Spread(mean=3.1, sd=0.6, n=474),
+        nll_edited=Spread(mean=1.2, sd=0.5, n=474),
+        nll_reduction=0.61,
+        path_rms={bucket: Score(value=0.1, n=n) for bucket, n in SIZES.items()},
+    )
+    late = [
+        LateRecord(row=name, bucket=bucket, length=length, share=rate(k, n), n_long=n - k)
+        for name in ("base", "learned")
+        for bucket, n in (("edit", 443), ("benign_keep", 0), ("harmful_keep", 80))
+        for length, k in ((16, n // 5), (32, n // 50))
+    ]
+    return Diagnostics(
+        run=metrics.run,
+        judge=metrics.judge,
+        corruption=corruption,
+        corruption_conclusion="The keeps fall as gates are flipped: route selectivity is what limits here.",
+        trajectory=trajectory,
+        probes=[ProbeRecord(layer=i, edit_vs_harmful=0.7 + i / 120, edit_vs_benign=0.99) for i in range(30)],
+        probe_prompts={"edit": 1000, "benign_keep": 1000, "harmful_keep": 192},
+        late=late,
+    )
+
+
+@pytest.fixture(scope="session")
+def utility() -> Utility:
+    """Two tasks of a harness that never ran; one of their metrics measured nothing."""
+    settings = Settings(limit=None, fewshot=5, chat=True, seed=0, batch_size=16, harness="0.0")
+    common = {"policy": "thresholded", "settings": settings, "cut": 0, "unpaired": []}
+    right = {str(i): float(i % 3 == 0) for i in range(400)}
+    fewer = right | {str(i): 0.0 for i in range(0, 40, 3)}
+    return Utility(
+        model="made-up/Model-4B-IT",
+        tasks=[
+            TaskUtility(
+                task="synthetic_mmlu",
+                questions=400,
+                gate_open=rate(9, 400),
+                measures=[compare("acc", right, fewer, higher_is_better=True)],
+                **common,
+            ),
+            TaskUtility(
+                task="synthetic_gsm8k",
+                questions=0,
+                gate_open=rate(0, 0),
+                measures=[compare("exact_match", {}, {}, higher_is_better=True)],
+                **common,
+            ),
+        ],
+    )

@@ -12,6 +12,7 @@ import matplotlib
 import pytest
 from rich.console import Console
 
+from paving import run as runs
 from paving.evaluation.results import Rate
 from paving.report import (
     Example,
@@ -222,3 +223,17 @@ def test_drawing_leaves_no_state(metrics):
     before = dict(matplotlib.rcParams)
     figures.three_way(metrics)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_benchmarks_stand_on_the_page_where_they_were_measured(metrics, utility, tmp_path):
+    (tmp_path / "metrics.json").write_text(metrics.model_dump_json(), encoding="utf-8")
+    assert "lm-evaluation-harness" not in runs.report(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "utility.json").write_text(utility.model_dump_json(), encoding="utf-8")
+    text = Parsed(runs.report(tmp_path).read_text(encoding="utf-8")).text
+    table = tables.utility(utility)
+    assert all(cell.text in text for row in table.rows for cell in row)
+    assert [cell.text for cell in table.rows[0]][4:] == ["33.5", "30.0", "-3.5 pp [-5.8, -2.1]", "9/400 2.2 [1.2, 4.2]"]
+    assert [cell.sort for cell in table.rows[1]][4:] == [None] * 4
+    (tmp_path / "utility.json").write_text("{}")
+    with pytest.raises(ValueError, match="Move it away"):
+        runs.report(tmp_path)

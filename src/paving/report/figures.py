@@ -227,7 +227,7 @@ def _draw_training_curves(metrics: Metrics) -> Figure:
     place = {(p.stage, p.epoch): i for i, p in enumerate(metrics.training, 1)}
     looks = {stage: {"color": TERM_COLOURS[i % 6], "marker": "osD^vx"[i % 6], "ms": 4} for i, stage in enumerate(stages)}
     for ax, term in zip(panels, terms, strict=False):
-        ax.set_title(term)
+        ax.set_title(term.replace("preservation", "pres."))  # written out, it does not fit half the width
         finite = []
         for stage in stages:
             points = [p for p in metrics.training if p.stage == stage and term in p.losses]

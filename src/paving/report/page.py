@@ -14,6 +14,7 @@ from markupsafe import Markup
 from paving.evaluation.diagnostics.records import Diagnostics, Spread
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics, OracleGapIntervals, Rate, Row
+from paving.evaluation.utility import Utility
 from paving.prompts.types import Bucket
 from paving.report import diagnostic_figures, figures, tables
 from paving.report.tables import percent, points
@@ -49,9 +50,10 @@ def write_report(
     examples: Sequence[Example] = (),
     title: str | None = None,
     diagnostics: Diagnostics | None = None,
+    utility: Utility | None = None,
 ) -> Path:
     """Write the page of a run to `path`, which holds either the old page or the whole new one, never a part of it."""
-    page = render(metrics, examples=examples, title=title, diagnostics=diagnostics)
+    page = render(metrics, examples=examples, title=title, diagnostics=diagnostics, utility=utility)
     # A model may emit half a surrogate pair, which UTF-8 cannot hold.
     return _write_atomically(Path(path), page.encode("utf-8", errors="replace"))
 
@@ -71,6 +73,7 @@ def render(
     examples: Sequence[Example] = (),
     title: str | None = None,
     diagnostics: Diagnostics | None = None,
+    utility: Utility | None = None,
 ) -> str:
     """The source of the page. HARMFUL texts are gone before the template sees anything."""
     template = files("paving.report").joinpath("page.html.j2").read_text(encoding="utf-8")
@@ -91,6 +94,7 @@ def render(
             "training": Markup(figures.training_curves(metrics)),
         },
         diagnostics=diagnostics and diagnostics_section(diagnostics),
+        utility=utility and tables.utility(utility),
         three_way=tables.three_way(metrics),
         labels=tables.label_counts(metrics),
         against=tables.against_references(metrics),

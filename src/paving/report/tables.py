@@ -13,6 +13,7 @@ from rich.text import Text
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics, PairedRates, Rate, Row
+from paving.evaluation.utility import Measure, Utility
 from paving.prompts.types import Bucket
 
 LABELS = tuple(label.value for label in Label)
@@ -138,6 +139,34 @@ def late_refusals(found: Diagnostics) -> Table:
     return Table(("row", "bucket", "tokens", "refusals not yet seen % [CI]", "refusals longer than that"), rows)
 
 
+def utility(found: Utility) -> Table:
+    """Benchmark scores under base and edit: one line for each task, gate policy and metric."""
+    columns = ("task", "gate", "metric", "n", "base", "edited", "Δ [CI]", "gate open % [CI]")
+    rows = tuple(
+        (
+            Cell(task.task, task.task),
+            Cell(task.policy, task.policy),
+            Cell(f"{measure.metric} {'%' if measure.yes_no else ''}".strip(), measure.metric),
+            Cell(str(measure.n), measure.n),
+            *measure_cells(measure),
+            rate_cell(task.gate_open),
+        )
+        for task in found.tasks
+        for measure in task.measures
+    )
+    return Table(columns, rows)
+
+
+def measure_cells(measure: Measure) -> tuple[Cell, Cell, Cell]:
+    """Base, edited, and their difference: per cent and points where questions are right or wrong, else plain numbers."""
+    if measure.base is None or measure.edited is None or measure.difference is None:
+        return (Cell(missing(measure.n)),) * 3
+    plain, shown, unit = (percent, points, " pp") if measure.yes_no else ("{:.3f}".format, "{:+.3f}".format, "")
+    limits = "no interval" if measure.low is None else f"{shown(measure.low)}, {shown(measure.high)}"
+    difference = Cell(f"{shown(measure.difference)}{unit} [{limits}]", measure.difference)
+    return Cell(plain(measure.base), measure.base), Cell(plain(measure.edited), measure.edited), difference
+
+
 def gates(metrics: Metrics) -> Table:
     """Where the gate opened, by row and bucket, and how often the veto closed it again."""
     columns = ("row", "bucket", "gate active % [CI]", "mean gate", "vetoed % [CI]", "refusal % [CI]")
@@ -253,9 +282,11 @@ def _plain_cell(value: object) -> Cell:
     if value is None:
         return Cell("n/a")
     if isinstance(value, Mapping):
-        return Cell(", ".join(f"{key}: {_plain_cell(item).text}" for key, item in value.items()))
+        text = ", ".join(f"{key}: {_plain_cell(item).text}" for key, item in value.items())
+        return Cell(text, text)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return Cell(", ".join(_plain_cell(item).text for item in value))
+        text = ", ".join(_plain_cell(item).text for item in value)
+        return Cell(text, text)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return Cell(f"{value:g}" if isinstance(value, float) else str(value), value if number else str(value))
 

@@ -1,0 +1,178 @@
+"""`paving utility RUN`: what a controller costs on ordinary benchmarks. Base and edited model answer the same questions.
+
+Each subtask's answers are a file in the run folder's `utility/`; asked again in the same way they are taken from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from paving.backbone import Backbone
+from paving.controller.gates import gate_policy
+from paving.controller.residual_paving import ResidualPaving
+from paving.controller.store import load_controller
+from paving.evaluation.utility import BASE, Answers, Settings, TaskUtility, Utility, compare_task, read_utility
+from paving.intervention import Identity, Intervention
+from paving.run import Means, report
+from paving.run_folder import RunError, read_config, write_text
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+FILE = "utility.json"
+FOLDER = "utility"
+
+
+def utility(
+    folder: Path,
+    tasks: Sequence[str],
+    means: Means,
+    *,
+    policy: str | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    chat: bool = True,
+    batch_size: int = 16,
+    include: Sequence[Path] = (),
+    force: bool = False,
+) -> Utility:
+    """Ask every task of the base and of the edited model; write utility.json, and the report again if there is one.
+
+    tasks    names that lm-evaluation-harness knows, or task files
+    policy   another gate policy than the deployed one
+    include  folders with further task files
+    force    ask again, and replace, what was asked otherwise before
+
+    raises RunError for a run without a controller, a missing harness, or answers that were asked otherwise
+    """
+    config = read_config(folder)
+    if not (folder / "controller" / "controller.json").exists():
+        raise RunError(f"{folder} has no finished controller. Train it first: paving train --out {folder} ...")
+    if policy == "oracle":
+        raise RunError("benchmark questions have no bucket for the oracle gate; use the deployed gate, closed or open.")
+    found = read_utility(folder / FILE) or Utility(model=config.model, tasks=[])
+    harness = utility_harness()
+    # Before a model is loaded: a task that is not known, or whose data cannot be had, is known within the first minute.
+    loaded = [harness.load_tasks(name, include, fewshot) for name in dict.fromkeys(tasks)]
+    settings = Settings(
+        limit=limit,
+        fewshot=fewshot,
+        chat=chat,
+        seed=config.training.seed,
+        batch_size=batch_size,
+        harness=harness.HARNESS,
+    )
+    backbone = means.load(config.model, config.dtype)
+    controller = load_controller(folder / "controller", backbone)
+    if policy is not None:
+        controller = controller.with_policy(gate_policy(policy, getattr(controller.policy, "threshold", 0.0)))
+    rows = {BASE: Identity(), row_name(controller): controller}
+    known = known_answers(folder, loaded, rows, settings, harness, backbone, force=force)
+    for name, subtasks in loaded:
+        answers: dict[str, list[Answers]] = {row: [] for row in rows}
+        for subtask, task in subtasks.items():
+            for row, intervention in rows.items():
+                if (subtask, row) not in known:
+                    stage = _named_stage(means, f"{subtask}, {row}")
+                    model = harness.HarnessModel(backbone, intervention, chat=chat, batch_size=batch_size, stage=stage)
+                    asked = asked_of(folder, backbone, intervention)
+                    known[subtask, row] = harness.ask(subtask, task, model, settings, row=row, asked=asked)
+                    write_text(answers_path(folder, subtask, row), known[subtask, row].model_dump_json(indent=1))
+                answers[row].append(known[subtask, row])
+        found = with_task(found, compare_task(name, *answers.values()))
+        write_text(folder / FILE, found.model_dump_json(indent=1))
+    if (folder / "metrics.json").exists():
+        report(folder)
+    return found
+
+
+def utility_harness() -> ModuleType:
+    """The part that needs lm-evaluation-harness. raises RunError where it is not installed."""
+    try:
+        from paving.evaluation import utility_harness as harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "lm_eval":
+            raise
+        raise RunError("benchmarks need lm-evaluation-harness: pip install 'paving[lm-eval]'.") from error
+    return harness
+
+
+def known_answers(
+    folder: Path,
+    loaded: Sequence[tuple[str, Mapping[str, Task]]],
+    rows: Mapping[str, Intervention],
+    settings: Settings,
+    harness: ModuleType,
+    backbone: Backbone,
+    *,
+    force: bool,
+) -> dict[tuple[str, str], Answers]:
+    """(subtask, row) -> what was asked before in just this way.
+
+    raises RunError, before anything is asked, for a file that holds other answers, unless they may be replaced
+    """
+    known = {}
+    for _, subtasks in loaded:
+        for subtask, task in subtasks.items():
+            for row, intervention in rows.items():
+                path = answers_path(folder, subtask, row)
+                if not path.exists():
+                    continue
+                wanted = {
+                    "task": subtask,
+                    "row": row,
+                    "asked": asked_of(folder, backbone, intervention),
+                    "source": harness.source_of(task, settings.limit),
+                    **settings.model_dump(),
+                }
+                try:
+                    there = Answers.model_validate_json(path.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    if force:
+                        continue
+                    raise RunError(
+                        f"{path} is damaged or of another version. --force asks again and replaces it."
+                    ) from error
+                held = {**there.settings.model_dump(), **{k: getattr(there, k) for k in ("task", "row", "asked", "source")}}
+                other = [f"{k}: {held[k]} there, {wanted[k]} asked" for k in wanted if held[k] != wanted[k]]
+                if not other:
+                    known[subtask, row] = there
+                elif not force:
+                    raise RunError(
+                        f"{path} holds answers that were asked otherwise ({'; '.join(other)}). "
+                        "Ask as before, or replace them with --force. Nothing was changed."
+                    )
+    return known
+
+
+def row_name(controller: ResidualPaving) -> str:
+    """`thresholded`, or `thresholded+veto` where the veto may close the gate."""
+    return controller.policy.name + ("+veto" if controller.use_veto and controller.policy.vetoable else "")
+
+
+def asked_of(folder: Path, backbone: Backbone, intervention: Intervention) -> str:
+    """Names the state of what is asked, so that another controller's answers are not taken for this one's."""
+    if not isinstance(intervention, ResidualPaving):
+        return f"{backbone.fingerprint}/{backbone.dtype}"
+    weights = hashlib.sha256((folder / "controller" / "controller.safetensors").read_bytes()).hexdigest()[:16]
+    state = f"{intervention.policy!r}/{intervention.scale}/{intervention.use_veto}/{intervention.mixture!r}"
+    return f"{backbone.fingerprint}/{backbone.dtype}/{weights}/{state}"
+
+
+def answers_path(folder: Path, subtask: str, row: str) -> Path:
+    return folder / FOLDER / f"{re.sub(r'[^A-Za-z0-9_-]', '_', subtask)}.{row}.json"
+
+
+def with_task(found: Utility, new: TaskUtility) -> Utility:
+    """With `new` in the place of the same task under the same policy, or at the end."""
+    kept = {(t.task, t.policy): t for t in found.tasks} | {(new.task, new.policy): new}
+    return found.model_copy(update={"tasks": list(kept.values())})
+
+
+def _named_stage(means: Means, name: str):
+    return lambda what, total: means.stage(f"{name}: {what}", total)
