@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from paving import cli_judge
 from paving.cli import app
+from paving.evaluation import judges
 from paving.evaluation.judges import Label, RuleJudge, Verdict
 from paving.evaluation.judging import judge_file
 from paving.terminal import plain
@@ -81,7 +81,7 @@ def test_judging_as_json_is_json_and_nothing_else(answers, tmp_path):
 
 
 def test_an_unknown_judge_is_refused_with_what_is_allowed(answers, tmp_path):
-    assert "the judge 'oracle' is not known; allowed: rules." in refused(
+    assert "the judge 'oracle' is not known; allowed: rules, hf:rubric=MODEL" in refused(
         "judge", answers, "--out", tmp_path / "v.jsonl", "--judge", "oracle"
     )
     assert not (tmp_path / "v.jsonl").exists()
@@ -102,7 +102,7 @@ def test_a_judge_that_fails_says_that_what_it_judged_is_kept(answers, tmp_path, 
             return super().judge(prompt, *shown, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cli_judge, "judge_called", lambda _name: Failing())
+        patched.setattr(judges, "judge_from", lambda _line, **_loading: Failing())
         line = refused("judge", answers, "--out", tmp_path / "v.jsonl")
     assert "the judge [went] away" in line
     assert f"{answers}:4" in line and "kept in" in line and "the same command goes on from there" in line

@@ -15,10 +15,10 @@ from paving.terminal import AsJson, err, one_line_errors, out, plain, say
 
 if TYPE_CHECKING:
     from paving.evaluation.agreement import Agreement, Comparison, Disagreement, Estimate
-    from paving.evaluation.judges import Judge
     from paving.evaluation.judging import Judging
     from paving.evaluation.results import Rate
 
+JUDGES = "rules, hf:rubric=MODEL, hf:classifier=MODEL, api:PROVIDER/MODEL, ..."
 MAX_NAME, MAX_TEXT = 60, 600  # characters shown of a name and of a prompt or response
 REDACTED = "[redacted: called HARMFUL by one side; it stands in the completions file only]"
 
@@ -27,23 +27,41 @@ REDACTED = "[redacted: called HARMFUL by one side; it stands in the completions 
 def judge(
     completions: Annotated[Path, typer.Argument(help="JSON lines with `prompt` and `response`; id, bucket optional.")],
     verdicts: Annotated[Path, typer.Option("--out", help="Verdict file. What stands there already is not judged again.")],
-    judge_name: Annotated[str, typer.Option("--judge", help="Who judges: rules.")] = "rules",
+    judge_line: Annotated[str, typer.Option("--judge", help=f"Who judges: {JUDGES}. See docs/model-judges.md.")] = "rules",
+    inspect_log: Annotated[Path | None, typer.Option(help="Write an Inspect log as well (.eval or .json).")] = None,
+    log_harmful: Annotated[bool, typer.Option("--log-harmful-texts", help="Keep HARMFUL responses in that log.")] = False,
+    device: Annotated[str, typer.Option(help="hf judges: auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="hf judges: auto, float32, bfloat16, float16")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="hf judges: rows a pass.")] = 1,
+    trust_remote_code: Annotated[bool, typer.Option(help="hf judges: let a model repository run its own code.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Label every completion of a file. Killed and run again, it goes on; run once more, it judges nothing twice."""
+    from paving.evaluation.inspect_log import check_log_path, write_inspect_log
+    from paving.evaluation.judges import judge_from
     from paving.evaluation.judging import judge_file
     from paving.progress import live_progress
 
-    chosen = judge_called(judge_name)
+    if log_harmful and inspect_log is None:
+        raise ValueError("--log-harmful-texts says what an Inspect log holds. Give --inspect-log FILE.eval as well.")
+    if inspect_log is not None:
+        check_log_path(inspect_log)
     with live_progress(err, quiet=as_json) as (stage, _watch, _say):
-        result = judge_file(completions, chosen, verdicts, stage)
+        loading = {"device": device, "dtype": dtype, "batch_size": batch_size, "trust_remote_code": trust_remote_code}
+        result = judge_file(completions, judge_from(judge_line, **loading), verdicts, stage)
+        if inspect_log is not None:
+            write_inspect_log(completions, verdicts, inspect_log, harmful_texts=log_harmful)
     if as_json:
-        print(json.dumps({"verdicts": str(verdicts), **result.model_dump()}, indent=1))
+        log = {"inspect_log": str(inspect_log)} if inspect_log else {}
+        print(json.dumps({"verdicts": str(verdicts), **log, **result.model_dump()}, indent=1))
         return
     out.print(judging_table(result))
     say(f"verdicts: {verdicts} ({result.asked} judged now, {result.n - result.asked} known before)")
     if result.left_over:
         say(f"kept aside: {result.left_over} verdicts on other completions, in {verdicts}.partial")
+    if inspect_log is not None:
+        say(f"Inspect log: {inspect_log} (HARMFUL responses {'kept' if log_harmful else 'left out'})")
+        say(f"next: inspect view start --log-dir {inspect_log.parent}")
 
 
 @one_line_errors
@@ -96,17 +114,6 @@ def sample(
     out.print(table)
     say(f"sheet: {written.jsonl} and {written.csv} ({written.n} completions)")
     say(f"next: write {', '.join(Label)} under `{LABEL}` in one of them, then: paving agree {verdicts} {written.jsonl}")
-
-
-def judge_called(name: str) -> Judge:
-    """The judge of that name. raises ValueError, naming those there are."""
-    match name:
-        case "rules":
-            from paving.evaluation.judges import RuleJudge
-
-            return RuleJudge()
-        case _:
-            raise ValueError(f"the judge {name!r} is not known; allowed: rules. Leave --judge out for the rules.")
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ def live_progress(console: Console, *, quiet: bool = False) -> Iterator[tuple]:
     """(stage, watch, say): `stage(what, total)` gives a tick function; `watch` follows training; `say` prints a line."""
     logging.disable_progress_bar()  # transformers' own bars for loading weights would run through ours
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # the name of a judge holds brackets
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -29,7 +29,7 @@ def live_progress(console: Console, *, quiet: bool = False) -> Iterator[tuple]:
     def stage(what: str, total: int):
         task = bar.add_task(what, total=total, note="")
         if plain:
-            console.print(f"{what}: {total}", highlight=False)
+            console.print(f"{what}: {total}", highlight=False, markup=False, soft_wrap=True)
         return lambda n: bar.advance(task, n)
 
     def watch(name: str, step: int, steps: int, losses: dict[str, float]) -> None:

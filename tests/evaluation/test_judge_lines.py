@@ -26,12 +26,14 @@ _NAME = st.text(st.characters(exclude_characters=",", exclude_categories=["Cs"])
 )
 _SIDES = st.one_of(st.just({}), st.fixed_dictionaries({"refusal": _NAME, "other": _NAME}))
 _UNDECIDED = st.one_of(st.just({}), st.just({"undecided": "rules"}))
+_API = st.fixed_dictionaries({}, optional={"base_url": _NAME, "rpm": st.integers(0).map(str), "temperature": st.just("0.7")})
 _LINES = st.one_of(
     st.just(JudgeLine("rules")),
     st.builds(JudgeLine, st.just("rubric"), _NAME),
     st.builds(JudgeLine, st.just("classifier"), _NAME, _SIDES),
     st.builds(JudgeLine, st.sampled_from(["wildguard", "llama-guard"]), _NAME, _UNDECIDED),
     st.builds(lambda m, then, sides: JudgeLine("tiered", m, {"then": then, **sides}), _NAME, _NAME, _SIDES),
+    st.builds(lambda p, m, options: JudgeLine("api", f"{p}/{m}", options), _NAME, _NAME, _API),
 )
 
 
@@ -51,6 +53,9 @@ def test_any_text_is_read_or_refused_with_what_is_allowed(text):
 def test_lines_read_as_they_look():
     assert judge_line("hf:rubric=Qwen/Qwen3-4B") == JudgeLine("rubric", "Qwen/Qwen3-4B")
     assert judge_line("hf:rubric=embedded:SmolLM2-135M-Instruct").model == "embedded:SmolLM2-135M-Instruct"
+    line = judge_line("api:openai-api/vllm/Qwen/Qwen3-4B,base_url=http://127.0.0.1:8000/v1?x=y,tpm=220000")
+    assert line.model == "openai-api/vllm/Qwen/Qwen3-4B"
+    assert line.options == {"base_url": "http://127.0.0.1:8000/v1?x=y", "tpm": "220000"}
     line = judge_line("hf:tiered=protectai/distilroberta-base-rejection-v1,then=meta-llama/Llama-3.1-8B-Instruct")
     assert line.options == {"then": "meta-llama/Llama-3.1-8B-Instruct"}
 
@@ -70,6 +75,12 @@ def test_lines_read_as_they_look():
         ("hf:tiered=a", "then=MODEL"),
         ("hf:tiered=a,then=b,then=c", "given twice"),
         ("hf:wildguard=a,undecided=me", "allowed: rules"),
+        ("api:", "Give a name"),
+        ("api", "allowed: rules"),
+        ("api:gpt-4o", "names no provider. Write api:PROVIDER/MODEL"),
+        ("api:openai/", "names no provider"),
+        ("api:openai/m,rpm=-1", "a whole number"),
+        ("api:openai/m,then=x", "api has no option then; allowed: base_url, key"),
     ],
 )
 def test_a_line_that_cannot_be_read_says_what_is_allowed(text, message):
@@ -80,7 +91,8 @@ def test_a_line_that_cannot_be_read_says_what_is_allowed(text, message):
 def test_reading_a_line_and_judging_by_rules_import_no_torch():
     code = (
         "import sys; from paving.evaluation.judges import judge_from, judge_line;"
-        "judge_line('hf:rubric=m'); judge_from('rules'); sys.exit('torch' in sys.modules)"
+        "judge_line('hf:rubric=m'); judge_from('rules'); import paving.evaluation.judges.api;"
+        "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -126,6 +126,44 @@ def test_a_judge_that_wants_many_at_once_gets_them_and_none_twice(tmp_path, out)
     assert alone.read_bytes() == out.read_bytes()
 
 
+class Streaming(Counting):
+    """Four under way at once, answered last in first out; what is under way at a failure is given out before it."""
+
+    def judge_stream(self, rows):
+        under_way, failed = [], None
+        rows = enumerate(rows)
+        while True:
+            while not failed and len(under_way) < 4 and (drawn := next(rows, None)):
+                under_way.append(drawn)
+            if not under_way:
+                break
+            i, r = under_way.pop()
+            try:
+                yield i, self.judge(r.prompt, r.response, r.bucket, truncated=r.truncated)
+            except ConnectionError as error:
+                failed = error
+        if failed:
+            raise failed
+
+
+def test_a_judge_with_several_under_way_gives_the_same_file_and_loses_nothing_when_it_fails(tmp_path, out):
+    rows = [row(i) for i in (0, 0, *range(1, 20), 3, *range(20, 30), 19)]  # the first two are under way together
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ConnectionError) as caught:
+        judge_file(path, Streaming(fails_at=row(8)["response"]), out)
+    kept = {v["id"] for v in lines(journal_of(out))}
+    assert len(kept) == len(lines(journal_of(out))) >= 8 and "q8" not in kept
+    first = min(i for i in range(30) if f"q{i}" not in kept)
+    assert f"{path}:{first + 2};" in caught.value.__notes__[0] and str(journal_of(out)) in caught.value.__notes__[0]
+    ticks = []
+    judge = Streaming()
+    judge_file(path, judge, out, lambda _what, total: ticks.append(-total) or ticks.append)
+    assert len(judge.asked) == 30 - len(kept) and sum(ticks) == 0, "every row is ticked off once"
+    alone = out.with_name("alone.jsonl")
+    judge_file(path, Counting(), alone)
+    assert alone.read_bytes() == out.read_bytes()
+
+
 # --- nothing is judged twice ----------------------------------------------------------------------------------------
 
 

@@ -221,7 +221,7 @@ def test_the_name_tells_rubric_and_weights_and_changes_with_whatever_may_change_
         RubricJudge(judge_backbone(dtype=torch.bfloat16)).name,
         RubricJudge(judge_backbone(other_template)).name,
     }
-    monkeypatch.setattr("paving.evaluation.judges.rubric._source", lambda: "{{ tag }} {{ request }} {{ response }}")
+    monkeypatch.setattr("paving.evaluation.judges.rubric.rubric_source", lambda: "{{ tag }} {{ request }} {{ response }}")
     others.add(RubricJudge(judge.backbone).name)
     assert len({judge.name, *others}) == 8
     assert RubricJudge(judge_backbone()).name == RubricJudge(judge_backbone()).name

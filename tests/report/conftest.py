@@ -18,11 +18,14 @@ from paving.evaluation.diagnostics.records import (
     StepAlignment,
     TrajectoryRecord,
 )
+from paving.evaluation.paired import from_counts
 from paving.evaluation.results import (
     Metrics,
     OracleGaps,
+    PairedRates,
     Rate,
     ReliabilityBin,
+    Resampled,
     RouterDiagnostics,
     Row,
     ScalePoint,
@@ -62,6 +65,12 @@ def rates(*ks: int) -> dict[str, Rate]:
     return {bucket: rate(k, n) for k, (bucket, n) in zip(ks, SIZES.items(), strict=True)}
 
 
+def against(reference: tuple[int, int, int], refused: tuple[int, int, int]) -> dict[str, PairedRates]:
+    """As if no prompt were refused by both rows but those that must be."""
+    counts = zip(refused, reference, SIZES.items(), strict=True)
+    return {b: from_counts(max(0, ours - theirs), max(0, theirs - ours), n) for ours, theirs, (b, n) in counts}
+
+
 def row(name: str, kind: str, refused: tuple[int, int, int], preserved: tuple[float, float], active, vetoed, harm: int):
     edit, benign, harmful = refused
     return Row(
@@ -93,6 +102,12 @@ def row(name: str, kind: str, refused: tuple[int, int, int], preserved: tuple[fl
         gate_mean={bucket: 0.9 * a / n for a, (bucket, n) in zip(active, SIZES.items(), strict=True)},
         veto_rate=rates(*vetoed),
         control_score=None if name == "base" else 1.147,
+        preservation_interval={
+            "benign_keep": Resampled(value=preserved[0], low=preserved[0] - 0.02, high=1.0, se=0.01, n=500, groups=400),
+            "harmful_keep": Resampled(value=preserved[1], low=None, high=None, se=None, n=98, groups=1),
+        },
+        against_base={} if name == "base" else against((443, 12, 80), refused),
+        against_oracle=against((1, 12, 80), refused) if kind == "learned" else {},
     )
 
 

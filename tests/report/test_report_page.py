@@ -128,7 +128,8 @@ def test_missing_values_are_never_zero(empty_metrics):
 
 def test_a_measured_zero_is_a_zero(metrics):
     assert tables.rate_text(NONE_OF_98) == "0/98 0.0 [0.0, 3.8]"
-    assert tables.drift_cell(metrics.rows[3]).text == "0.0"
+    assert tables.drift_cell(metrics.rows[3]).text == "0.0 [-3.8, +3.8]"
+    assert tables.drift_cell(metrics.rows[0]).text == "0.0", "the base has drifted from nothing"
     assert tables.points(-0.0001) == "0.0"
 
 
@@ -150,8 +151,9 @@ def test_all_three_tables_hold_the_same_cells(metrics, source):
     for cells in table.rows:
         for column, cell in zip(table.columns, cells, strict=True):
             assert cell.text in markdown and cell.text in text
-            if column != "kind":  # a terminal of 80 columns has an interval under its rate and no room for the kind
-                assert all(part in terminal for part in re.split(r" (?=\[|\(n=)", cell.text))
+            # A terminal of 80 columns has intervals under their figures, and no room for the kind or those of preservation.
+            parts = [part for part in re.split(r" (?=\[|\(n=)", cell.text) if "pres." not in column or part[0] != "["]
+            assert column == "kind" or all(part in terminal for part in parts)
     assert "…" not in terminal
     assert {line.count("|") for line in markdown.splitlines()} == {8}
 

@@ -12,12 +12,12 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 from paving.evaluation.json_lines import RowError
 from paving.evaluation.judges.answers import Answer, read_answers
-from paving.evaluation.judges.protocol import ROWS_A_TICK, Judge, Label, ManyJudge, Verdict, judge_all
+from paving.evaluation.judges.protocol import ROWS_A_TICK, Judge, Label, ManyJudge, StreamJudge, Verdict
 from paving.evaluation.results import Rate, Record
 from paving.evaluation.statistics import wilson
 from paving.evaluation.verdicts import JudgedLine, judged_line, read_verdicts, verdict_key
@@ -139,49 +139,63 @@ def _judge_the_rest(
     completions: Path, judge: Judge, known: KnownVerdicts, journal: Path, tick: Callable[[int], None]
 ) -> int:
     """Append a verdict to the journal for everything not known yet. Returns how often the judge was asked."""
-    # One at a time, so that each verdict is safe as soon as it is given; a judge that wants many at once gets a few.
-    room = ROWS_A_TICK if isinstance(judge, ManyJudge) else 1
-    asked = 0
-    waiting: dict[str, Answer] = {}
-    with journal.open("a", encoding="ascii", newline="\n") as file:
+    under_way: dict[str, Answer] = {}  # by key: handed to the judge, and without a verdict so far
+
+    def not_known() -> Iterator[Answer]:
         for answer in read_answers(completions):
             key = verdict_key(judge.name, answer)
-            if key in waiting or known.get(key) is not None:
+            if key in under_way or known.get(key) is not None:
                 tick(1)
-                continue
-            waiting[key] = answer
-            if len(waiting) == room:
-                asked += _judge_waiting(completions, judge, known, file, waiting, tick)
-        asked += _judge_waiting(completions, judge, known, file, waiting, tick)
+            else:
+                under_way[key] = answer
+                yield answer
+
+    asked = 0
+    with journal.open("a", encoding="ascii", newline="\n") as file, closing(_verdicts(judge, not_known())) as verdicts:
+        try:
+            for answer, verdict in verdicts:
+                line = judged_line(answer, judge.name, verdict)
+                file.write(line.as_json() + "\n")
+                file.flush()  # a kill may come at any time, and a verdict may have taken a model minutes
+                known.add(line.key, verdict, finished=False)
+                known.want(line.key)
+                del under_way[line.key]
+                asked += 1
+                tick(1)
+        except Exception as error:
+            if under_way:
+                first = min(answer.line for answer in under_way.values())
+                error.add_note(
+                    f"({completions}:{first}; the verdicts until then are kept in {journal}, and the same "
+                    f"command goes on from there.)"
+                )
+            raise
     return asked
 
 
-def _judge_waiting(
-    completions: Path,
-    judge: Judge,
-    known: KnownVerdicts,
-    journal: TextIO,
-    waiting: dict[str, Answer],
-    tick: Callable[[int], None],
-) -> int:
-    """Judge what waits, by key, and empty it. Returns how many these were."""
-    answers = list(waiting.values())
-    try:
-        verdicts = judge_all(judge, answers)
-    except Exception as error:
-        error.add_note(
-            f"({completions}:{answers[0].line}; the verdicts until then are kept in {journal.name}, and the same "
-            f"command goes on from there.)"
-        )
-        raise
-    for key, answer, verdict in zip(waiting, answers, verdicts, strict=True):
-        journal.write(judged_line(answer, judge.name, verdict).as_json() + "\n")
-        known.add(key, verdict, finished=False)
-        known.want(key)
-    journal.flush()  # a kill may come at any time, and a verdict may have taken a model minutes
-    waiting.clear()
-    tick(len(answers))
-    return len(answers)
+def _verdicts(judge: Judge, rows: Iterator[Answer]) -> Iterator[tuple[Answer, Verdict]]:
+    """Every row with its verdict, as soon as the judge gives it; not always in the order of the rows.
+
+    A judge with several questions under way draws rows as it has room, one that wants many at once gets a few at a
+    time, and any other judge one: so each verdict is safe as soon as it is there.
+    """
+    if isinstance(judge, StreamJudge):
+        drawn: dict[int, Answer] = {}
+
+        def drawing() -> Iterator[Answer]:
+            for i, row in enumerate(rows):
+                drawn[i] = row
+                yield row
+
+        with closing(judge.judge_stream(drawing())) as stream:
+            for i, verdict in stream:
+                yield drawn.pop(i), verdict
+    elif isinstance(judge, ManyJudge):
+        while few := list(islice(rows, ROWS_A_TICK)):
+            yield from zip(few, judge.judge_many(few), strict=True)
+    else:
+        for row in rows:
+            yield row, judge.judge(row.prompt, row.response, row.bucket, truncated=row.truncated)
 
 
 def _put_in_place(completions: Path, judge: str, known: KnownVerdicts, out: Path) -> list[BucketVerdicts]:

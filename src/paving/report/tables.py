@@ -75,9 +75,17 @@ def three_way_table(metrics: Metrics) -> RichTable:
             heading = re.sub(r" (?=pres|refusal|Δ)", "\n", heading)
             shown.add_column(Text(heading), justify="left" if i == 0 else "right", no_wrap=True)
     for row in table.rows:
-        cells = [cell.text.replace(" [", "\n[").replace(" (n=", "\n(n=") for i, cell in enumerate(row) if i != kinds]
+        cells = [
+            _folded(column, cell) for i, (column, cell) in enumerate(zip(table.columns, row, strict=True)) if i != kinds
+        ]
         shown.add_row(*map(Text, cells), style="dim" if row[kinds].text == "diagnostic" else None)
     return shown
+
+
+def _folded(column: str, cell: Cell) -> str:
+    """An interval and an n on lines of their own; preservation goes without its interval, for which there is no room."""
+    text = re.sub(r" \[.*?\]", "", cell.text) if "pres." in column else cell.text
+    return text.replace(" [", "\n[").replace(" (n=", "\n(n=")
 
 
 def three_way_markdown(metrics: Metrics) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -83,6 +83,19 @@ class ManyJudge(Judge, Protocol):
 
     def judge_many(self, rows: Sequence[Judged]) -> list[Verdict]:
         """A verdict per row, in the order of the rows; the company a row is judged in does not change it."""
+        ...
+
+
+@runtime_checkable
+class StreamJudge(Judge, Protocol):
+    """A judge with several questions under way at once, as one behind a network has. `judge` stays, for one."""
+
+    def judge_stream(self, rows: Iterable[Judged]) -> Generator[tuple[int, Verdict], None, None]:
+        """(position of a row, its verdict), as they come in. A row is drawn only when there is room to ask about it.
+
+        Before an error is raised, what is under way is waited for and given out: it may have been paid for.
+        Closing the generator, as Ctrl-C does, gives up what is under way.
+        """
         ...
 
 

@@ -1,26 +1,21 @@
-"""Any instruction-tuned model as a judge: the rubric of Residual Paving, appendix B.4, and five scored answers.
-
-The paper's rubric prompt was not published in full; `rubric.md.j2` says in our words what B.4 says about it: the order
-of decisions, the five definitions, that request and answer are untrusted data, that the bucket is context.
-"""
+"""Any instruction-tuned model as a judge: the rubric of Residual Paving, appendix B.4, and five scored answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.resources import files
 from types import MappingProxyType
 
-from jinja2 import Environment, StrictUndefined, Template
 from torch import Tensor
 
 from paving.backbone import Backbone
 from paving.backbone.chat import TEMPLATE_ARGUMENTS
 from paving.evaluation.judges.protocol import Exchange, Judged, Label, Verdict
+from paving.evaluation.judges.rubric_text import KNOWN_OF_BUCKET, rubric_source, rubric_text
 from paving.evaluation.judges.rules import RuleJudge, broken
 from paving.evaluation.judges.scoring import Answers, Scorer, judge_name, spelled
-from paving.evaluation.judges.untrusted import JudgeError, Quoting, Untrusted, tag_for
+from paving.evaluation.judges.untrusted import JudgeError, Quoting, Untrusted
 from paving.prompts.types import Bucket
 
 RUBRIC = "rubric-1"
@@ -36,15 +31,6 @@ LETTERS: Mapping[Label, str] = MappingProxyType(
         Label.HARMLESS_REFUSAL: "C",
         Label.HARMFUL: "D",
         Label.HARMLESS_REFRAME: "E",
-    }
-)
-
-KNOWN_OF_BUCKET: Mapping[Bucket | None, str] = MappingProxyType(
-    {
-        Bucket.EDIT: "it is from a set of requests that assistants often refuse; it may or may not be harmful.",
-        Bucket.BENIGN_KEEP: "it is from a set of ordinary, benign requests.",
-        Bucket.HARMFUL_KEEP: "it is from a set of requests that were marked as harmful.",
-        None: "nothing.",
     }
 )
 
@@ -83,7 +69,7 @@ class RubricJudge:
     def name(self) -> str:
         backbone = self.backbone
         settings = (
-            _source(),
+            rubric_source(),
             sorted(KNOWN_OF_BUCKET.items(), key=str),
             [self.answers[label] for label in LABELS],
             self._limit,
@@ -135,14 +121,7 @@ class RubricJudge:
         return self._quoting.ids(row.prompt, row.response, bucket=row.bucket, truncated=row.truncated)
 
     def _render(self, request: str, response: str, bucket: Bucket | None = None, truncated: bool = False) -> str:
-        message = _template().render(
-            letter={label.name.removeprefix("HARMLESS_").lower(): text for label, text in self.answers.items()},
-            tag=tag_for(request, response),
-            request=request,
-            response=response,
-            bucket=KNOWN_OF_BUCKET[bucket],
-            truncated=truncated,
-        )
+        message = rubric_text(self.answers, request, response, bucket, truncated)
         # One user turn: some chat templates (Gemma's) have no system role.
         messages = [{"role": "user", "content": message}]
         return self.backbone.tokenizer.apply_chat_template(
@@ -166,12 +145,3 @@ class RubricJudge:
     @cached_property
     def _scorer(self) -> Scorer:
         return Scorer(self.backbone, self._quoting.shared, self.batch_size)
-
-
-def _source() -> str:
-    return files("paving.evaluation.judges").joinpath("rubric.md.j2").read_text(encoding="utf-8")
-
-
-def _template() -> Template:
-    # No autoescape: the prompt is no HTML, and "&lt;" is not what the assistant wrote.
-    return Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(_source())

@@ -20,8 +20,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CUT = "\n[... the middle is left out ...]\n"
 # Longer than nearly every token. Text beyond this many characters a token of room is dropped before it is tokenised,
