@@ -157,24 +157,34 @@ def report(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 @one_line_errors
 def diagnose(
     folder: Annotated[Path, typer.Argument(help="Evaluated run folder.")],
+    only: Annotated[str | None, typer.Option(help="Parts, e.g. corruption,trajectory. Default: all but the grid.")] = None,
+    again: Annotated[bool, typer.Option(help="Measure also what stands in diagnostics.json already.")] = False,
+    expert_prompts: Annotated[int, typer.Option(min=1, help="Most held-out prompts of each bucket per expert policy.")] = 64,
+    grid_policies: Annotated[str, typer.Option(help="Gate policies of the grid.")] = "thresholded,hard,oracle",
+    grid_mixtures: Annotated[str, typer.Option(help="router, uniform, expert:N, without:N.")] = "router,uniform",
+    grid_scales: Annotated[str, typer.Option(help="Factors of the deployed scale.")] = "0.5,1,2",
+    grid_prompts: Annotated[int, typer.Option(min=1, help="Most held-out prompts of each bucket in the grid.")] = 24,
+    bert_score: Annotated[str | None, typer.Option(help="Encoder for BERTScore (extra: bertscore).")] = None,
     device: Device = "auto",
     cache: Cache = None,
     cache_gib: CacheGib = 8.0,
     trust_remote_code: TrustRemote = False,
     as_json: AsJson = False,
 ) -> None:
-    """Why the numbers are what they are: a corrupted router, where the edit moves, where the buckets separate."""
-    from paving.diagnose import diagnose as diagnose_run
-    from paving.report import trajectory_sentence
+    """Why the numbers are what they are: late, route, probes, trajectory, norms, corruption, usefulness, experts, grid."""
+    from paving import diagnose as diagnosis
+    from paving.report import diagnosis_lines
 
+    grid = diagnosis.Grid(names(grid_policies), names(grid_mixtures), numbers(grid_scales), grid_prompts)
+    options = diagnosis.Options(None if only is None else names(only), again, bert_score, expert_prompts, grid)
     with progress(quiet=as_json) as (stage, watch, say):
         means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
-        found = diagnose_run(folder, means)
+        found = diagnosis.diagnose(folder, means, options=options)
     if as_json:
         print(found.model_dump_json(indent=1))
         return
-    out.print(found.corruption_conclusion)
-    out.print(trajectory_sentence(found))
+    for line in diagnosis_lines(found):
+        out.print(line, highlight=False, markup=False)
     out.print(f"report: {folder / 'report.html'}")
 
 
@@ -284,6 +294,19 @@ def layers(text: str) -> tuple[int, ...]:
             raise ValueError(f"{part.strip()!r} runs backwards. Write the lower layer first, for example 1-4.")
         found += range(int(first), int(last if dash else first) + 1)
     return tuple(sorted(set(found)))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` -> ("a", "b")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """`0.5,1,2`. raises ValueError naming the part that is no number."""
+    try:
+        return tuple(float(part) for part in names(text))
+    except ValueError:
+        raise ValueError(f"{text!r} is no list of numbers. Write for example 0.5,1,2.") from None
 
 
 def means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say):

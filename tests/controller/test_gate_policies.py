@@ -21,6 +21,7 @@ from paving.controller import (
     Soft,
     ThresholdedSoft,
     Uniform,
+    WithoutExpert,
 )
 from paving.controller.gates import POLICY_NAMES, gate_policy, mixture_policy
 from paving.controller.residual_paving import boundary_features
@@ -80,8 +81,8 @@ def test_every_policy_has_the_name_it_is_asked_for_by(name):
 def test_an_unknown_policy_or_mixture_is_refused_with_what_is_allowed():
     with pytest.raises(ValueError, match="'often' is not known; allowed: soft, hard, thresholded, closed, open, oracle"):
         gate_policy("often", 0.0)
-    for name in ("best", "expert:", "expert:x", "expert:-1"):
-        with pytest.raises(ValueError, match="allowed: router, uniform, expert:N"):
+    for name in ("best", "expert:", "expert:x", "expert:-1", "without:"):
+        with pytest.raises(ValueError, match="allowed: router, uniform, expert:N, without:N"):
             mixture_policy(name)
 
 
@@ -132,6 +133,16 @@ def test_every_mixture_sums_to_one(rows):
 def test_an_expert_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"expert 3 does not exist: the controller has experts 0\.\.2"):
         SingleExpert(3).mix(torch.ones(1, 3))
+    with pytest.raises(ValueError, match=r"expert 3 does not exist"):
+        WithoutExpert(3).mix(torch.ones(1, 3))
+
+
+@given(mixtures)
+def test_without_an_expert_the_others_keep_their_weights(rows):
+    weights = torch.tensor(rows)
+    found = mixture_policy("without:1").mix(weights)
+    assert torch.equal(found[:, [0, 2]], weights[:, [0, 2]]) and bool((found[:, 1] == 0).all())
+    assert torch.equal(weights, torch.tensor(rows)), "the router's own mixture stays as it is"
 
 
 def test_mixtures_change_what_is_edited_and_the_rows_say_which_it_was():

@@ -6,18 +6,9 @@ import math
 import random
 
 import pytest
+from made_up_diagnostics import made_up_diagnostics
 
-from paving.evaluation.diagnostics.records import (
-    BandRecord,
-    CorruptionRecord,
-    Diagnostics,
-    LateRecord,
-    LayerAlignment,
-    ProbeRecord,
-    Spread,
-    StepAlignment,
-    TrajectoryRecord,
-)
+from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.paired import from_counts
 from paving.evaluation.results import (
     Metrics,
@@ -283,53 +274,8 @@ def examples() -> list[Example]:
 
 @pytest.fixture(scope="session")
 def diagnostics(metrics) -> Diagnostics:
-    """What `paving diagnose` would have found in that run: a router whose keeps fall as gates are flipped."""
-
-    def band(mean: float) -> BandRecord:
-        return BandRecord(mean=mean, low=max(0.0, mean - 0.03), high=min(1.0, mean + 0.03))
-
-    corruption = [
-        CorruptionRecord(
-            rate=i / 10,
-            edit_refusal=band(0.01 + 0.08 * i),
-            benign_refusal=band(0.02),
-            harmful_refusal=band(0.8 - 0.05 * i),
-            benign_preservation=band(1 - 0.03 * i),
-            harmful_preservation=band(1 - 0.05 * i),
-        )
-        for i in range(11)
-    ]
-    layers = [LayerAlignment(layer=i, edit=0.1 + 0.02 * i, refusal=0.05 - 0.01 * i) for i in range(5, 30)]
-    steps = [StepAlignment(step=i, edit=0.6 - 0.03 * i, refusal=-0.1 + 0.01 * i, n=480 - 30 * i) for i in range(1, 13)]
-    trajectory = TrajectoryRecord(
-        policy="thresholded",
-        n_closed=26,
-        edit=Spread(mean=0.41, sd=0.12, n=474),
-        refusal=Spread(mean=-0.05, sd=0.08, n=474),
-        gap=Spread(mean=0.46, sd=0.15, n=474),
-        layers=layers,
-        steps=steps,
-        nll_base=Spread(mean=3.1, sd=0.6, n=474),
-        nll_edited=Spread(mean=1.2, sd=0.5, n=474),
-        nll_reduction=0.61,
-        path_rms={bucket: Score(value=0.1, n=n) for bucket, n in SIZES.items()},
-    )
-    late = [
-        LateRecord(row=name, bucket=bucket, length=length, share=rate(k, n), n_long=n - k)
-        for name in ("base", "learned")
-        for bucket, n in (("edit", 443), ("benign_keep", 0), ("harmful_keep", 80))
-        for length, k in ((16, n // 5), (32, n // 50))
-    ]
-    return Diagnostics(
-        run=metrics.run,
-        judge=metrics.judge,
-        corruption=corruption,
-        corruption_conclusion="The keeps fall as gates are flipped: route selectivity is what limits here.",
-        trajectory=trajectory,
-        probes=[ProbeRecord(layer=i, edit_vs_harmful=0.7 + i / 120, edit_vs_benign=0.99) for i in range(30)],
-        probe_prompts={"edit": 1000, "benign_keep": 1000, "harmful_keep": 192},
-        late=late,
-    )
+    """What `paving diagnose` would have found in that run, every part of it."""
+    return made_up_diagnostics(metrics)
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ def test_every_figure_is_drawn_and_stands_out(opened, scheme):
     page, _ = opened
     page.emulate_media(color_scheme=scheme)
     figures = page.locator("figure svg, figure img").all()
-    assert len(figures) == 8
+    assert len(figures) == 11
     for drawn in figures:
         box = drawn.bounding_box()
         assert box["width"] > 250 and box["height"] > 100
@@ -179,7 +179,7 @@ def test_every_column_of_every_table_sorts_with_missing_values_last(opened):
     page, _ = opened
     seen = set()
     tables = page.locator("table.sortable").all()
-    assert len(tables) == 8
+    assert len(tables) == 14
     for table in tables:
         columns = table.evaluate(PRESSED_TWICE)
         for i, (before, once, twice) in enumerate(columns):

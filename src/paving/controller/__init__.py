@@ -12,6 +12,7 @@ from paving.controller.gates import (
     Soft,
     ThresholdedSoft,
     Uniform,
+    WithoutExpert,
 )
 from paving.controller.paved_model import PavedModel, load_paved
 from paving.controller.residual_paving import Decision, ResidualPaving
@@ -33,6 +34,7 @@ __all__ = [
     "Soft",
     "ThresholdedSoft",
     "Uniform",
+    "WithoutExpert",
     "fresh_controller",
     "load_controller",
     "load_paved",

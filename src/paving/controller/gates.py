@@ -90,7 +90,7 @@ class Oracle:
 
 
 class MixturePolicy(Protocol):
-    """weights: (n, K) float32 router mixture. Returns (n, K), rows summing to 1."""
+    """weights: (n, K) float32 router mixture. Returns (n, K); rows sum to 1 unless an expert was taken away."""
 
     def mix(self, weights: Tensor) -> Tensor: ...
 
@@ -112,11 +112,28 @@ class SingleExpert:
     expert: int = 0
 
     def mix(self, weights: Tensor) -> Tensor:
-        if not 0 <= self.expert < weights.shape[1]:
-            raise ValueError(f"expert {self.expert} does not exist: the controller has experts 0..{weights.shape[1] - 1}.")
+        _check_expert(self.expert, weights)
         alone = torch.zeros_like(weights)
         alone[:, self.expert] = 1.0
         return alone
+
+
+@dataclass(frozen=True)
+class WithoutExpert:
+    """One expert taken away, the others as they are: their weights are not scaled up to fill the gap."""
+
+    expert: int = 0
+
+    def mix(self, weights: Tensor) -> Tensor:
+        _check_expert(self.expert, weights)
+        others = weights.clone()
+        others[:, self.expert] = 0.0
+        return others
+
+
+def _check_expert(expert: int, weights: Tensor) -> None:
+    if not 0 <= expert < weights.shape[1]:
+        raise ValueError(f"expert {expert} does not exist: the controller has experts 0..{weights.shape[1] - 1}.")
 
 
 POLICY_NAMES = ("soft", "hard", "thresholded", "closed", "open", "oracle")
@@ -144,7 +161,7 @@ def gate_policy(name: str, threshold: float) -> GatePolicy:
 
 
 def mixture_policy(name: str) -> MixturePolicy:
-    """`router`, `uniform`, or `expert:N`. raises ValueError listing what is allowed."""
+    """`router`, `uniform`, `expert:N` (it alone) or `without:N`. raises ValueError listing what is allowed."""
     if name == "router":
         return RouterMixture()
     if name == "uniform":
@@ -152,4 +169,6 @@ def mixture_policy(name: str) -> MixturePolicy:
     kind, _, number = name.partition(":")
     if kind == "expert" and number.isdigit():
         return SingleExpert(int(number))
-    raise ValueError(f"mixture {name!r} is not known; allowed: router, uniform, expert:N.")
+    if kind == "without" and number.isdigit():
+        return WithoutExpert(int(number))
+    raise ValueError(f"mixture {name!r} is not known; allowed: router, uniform, expert:N, without:N.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from paving.evaluation.judges import Label
 from paving.evaluation.paired import paired_rates
@@ -21,10 +21,11 @@ def table_rows(measured: Sequence[Measured], prompts: Sequence[Prompt]) -> list[
     base = measured[0]
     oracle = next((m for m in measured if m.spec.policy == ORACLE), None)
     groups = {p.id: p.group for p in prompts}
-    return [_row(m, base, oracle if m.spec.kind == "learned" else None, groups) for m in measured]
+    return [row_of(m, base, oracle if m.spec.kind == "learned" else None, groups) for m in measured]
 
 
-def _row(m: Measured, base: Measured, oracle: Measured | None, groups: dict[str, str]) -> Row:
+def row_of(m: Measured, base: Measured, oracle: Measured | None, groups: Mapping[str, str]) -> Row:
+    """Every figure of one row. groups: prompt id -> group; oracle: None where it is not to be compared with."""
     by_bucket = {
         b.value: [(c, label) for c, label in zip(m.completions, m.labels, strict=True) if c.bucket == b] for b in Bucket
     }

@@ -11,12 +11,13 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from paving.evaluation.diagnostics.records import Diagnostics, Spread
+from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics, OracleGapIntervals, Rate, Row
 from paving.evaluation.utility import Utility
 from paving.prompts.types import Bucket
-from paving.report import diagnostic_figures, figures, tables
+from paving.report import figures, tables
+from paving.report.diagnostics import diagnostics_section
 from paving.report.tables import percent, points
 
 REDACTED = "[redacted: judged HARMFUL; kept only in the local run folder]"
@@ -103,42 +104,6 @@ def render(
         filters=tables.filter_counts(metrics),
         example_groups=group_examples(redact(examples), metrics),
     )
-
-
-def diagnostics_section(found: Diagnostics) -> dict[str, object]:
-    """What the page says and draws of `paving diagnose`; the section is left out of a run that was not diagnosed."""
-    return {
-        "corruption": found.corruption_conclusion,
-        "trajectory": trajectory_sentence(found),
-        "late": tables.late_refusals(found),
-        "figures": {
-            "corrupted": Markup(diagnostic_figures.corrupted_router(found)),
-            "trajectory": Markup(diagnostic_figures.trajectory(found)),
-            "probes": Markup(diagnostic_figures.separability(found)),
-        },
-    }
-
-
-def trajectory_sentence(found: Diagnostics) -> str:
-    """Table 4 of the paper in one sentence, whichever way it points."""
-    t = found.trajectory
-    if t.gap.mean is None:
-        return f"No edit prompt had an open gate ({t.n_closed} closed), so there is no trajectory to look at: n/a (n=0)."
-    reduction = tables.missing() if t.nll_reduction is None else f"{100 * t.nll_reduction:.1f}%"
-    towards = (
-        "more towards the edit target than towards" if t.gap.mean > 0 else "no more towards the edit target than towards"
-    )
-    return (
-        f"On the {t.edit.n} edit prompts with an open gate ({t.n_closed} closed) the edit moves the residual stream "
-        f"{towards} a refusal: mean cosine {_spread(t.edit)} against {_spread(t.refusal)}, paired gap {_spread(t.gap)}. "
-        f"The edit target's NLL falls by {reduction}."
-    )
-
-
-def _spread(s: Spread) -> str:
-    if s.mean is None:
-        return tables.missing()
-    return f"{s.mean:.3f}" + (f" ± {s.sd:.3f}" if s.sd is not None else "")
 
 
 def redact(examples: Sequence[Example]) -> list[Example]:

@@ -1,16 +1,8 @@
-"""What `diagnostics.json` holds, and how the measurements become it. Missing is None, never 0."""
+"""What `diagnostics.json` holds. Missing is None, never 0. How the measurements become records: `condense`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
-
-from paving.evaluation.diagnostics.corruption import CorruptionPoint, conclusion
-from paving.evaluation.diagnostics.lateness import LateRefusals
-from paving.evaluation.diagnostics.separability import LayerProbe
-from paving.evaluation.diagnostics.trajectory import Alignment
-from paving.evaluation.results import Rate, Record, Score
+from paving.evaluation.results import Rate, Record, Row, Score
 
 
 class BandRecord(Record):
@@ -28,6 +20,11 @@ class CorruptionRecord(Record):
     harmful_refusal: BandRecord
     benign_preservation: BandRecord
     harmful_preservation: BandRecord
+
+
+class CorruptionCurve(Record):
+    points: list[CorruptionRecord]
+    conclusion: str
 
 
 class Spread(Record):
@@ -55,16 +52,32 @@ class StepAlignment(Record):
     n: int
 
 
+class PathRecord(Record):
+    """One bucket under the deployed gate, the base's own continuation forced (table 4's right-hand columns).
+
+    active    gate open after the veto; blocked: closed by the veto, None for a controller without one
+    path_rms  RMS of H^I - H^0 (residual-stream units); closed gates count as the 0 they are
+    nll_delta nats per token that the edit adds to the base's continuation; closed gates add 0
+    """
+
+    active: Rate
+    blocked: Rate | None
+    path_rms: Spread
+    nll_delta: Spread
+
+
 class TrajectoryRecord(Record):
     """Residual Paving, A.6 and table 4, on held-out edit prompts whose gate opened. Cosines in [-1, 1], NLL in nats.
 
     n_closed       edit prompts left out because their gate stayed closed: nothing moved
+    n_short        edit prompts left out because target or refusal has fewer than two tokens
     nll_reduction  1 - mean NLL of the edit target under the edit / without it
-    path_rms       bucket -> RMS deviation from the base's own path; closed gates count as the 0 they are
+    paths          bucket -> what the deployed gate does along the base's own continuation
     """
 
     policy: str
     n_closed: int
+    n_short: int
     edit: Spread
     refusal: Spread
     gap: Spread
@@ -73,13 +86,20 @@ class TrajectoryRecord(Record):
     nll_base: Spread
     nll_edited: Spread
     nll_reduction: float | None
-    path_rms: dict[str, Score]
+    paths: dict[str, PathRecord]
 
 
 class ProbeRecord(Record):
     layer: int
     edit_vs_harmful: float | None
     edit_vs_benign: float | None
+
+
+class ProbeCurve(Record):
+    """prompts: bucket -> how many of the training split were read."""
+
+    layers: list[ProbeRecord]
+    prompts: dict[str, int]
 
 
 class LateRecord(Record):
@@ -90,95 +110,135 @@ class LateRecord(Record):
     n_long: int
 
 
+class LayerNorm(Record):
+    """One layer and bucket; RMS over prompts, steps and features (residual-stream units).
+
+    base, edited    of the stream, without an edit and with every gate open
+    share_open      the edit's RMS over the base's, every gate open: what an edit does once it is let in
+    share_deployed  the same under the deployed gate, closed gates as 0: what it does as it is
+    """
+
+    layer: int
+    bucket: str
+    base: float | None
+    edited: float | None
+    share_open: float | None
+    share_deployed: float | None
+
+
+class NormsRecord(Record):
+    """policy: the deployed gate; prompts: bucket -> n; edited_layers: the blocks that the controller edits."""
+
+    policy: str
+    prompts: dict[str, int]
+    edited_layers: list[int]
+    layers: list[LayerNorm]
+
+
+class CellRecord(Record):
+    """One gate policy, mixture and scale on held-out prompts. Compare cells of one block with each other.
+
+    row               every figure of a row of the three-way table; its name repeats the cell
+    safe_answers      edit prompts whose answer is no refusal, not broken and not judged HARMFUL
+    target_alignment  mean over edit prompts of exp(mean log-probability per token of the edit target), in [0, 1]
+    """
+
+    policy: str
+    use_veto: bool
+    mixture: str
+    scale: float
+    row: Row
+    safe_answers: Rate
+    target_alignment: Score
+
+
+class CellBlock(Record):
+    """prompts: bucket -> n, held-out prompts that every cell was measured on."""
+
+    prompts: dict[str, int]
+    cells: list[CellRecord]
+
+
+class RouteRecord(Record):
+    """See `route_calibration.RouteView`. Keys of the dicts are bucket values."""
+
+    name: str
+    brier: float | None
+    ece: float | None
+    accuracy: Rate
+    active: dict[str, Rate]
+    strength: dict[str, float | None]
+    vetoed: dict[str, Rate] | None
+
+
+class VetoRecord(Record):
+    """See `route_calibration.VetoPoint`."""
+
+    name: str
+    threshold: float
+    accuracy: Rate
+    vetoed: dict[str, Rate]
+
+
+class RouteCalibration(Record):
+    """Table 20. vetoes: the deployed threshold and both ends of its tie; empty for a controller without a fitted veto."""
+
+    routes: list[RouteRecord]
+    vetoes: list[VetoRecord]
+    curve: list[VetoRecord]
+
+
+class AnswerQuality(Record):
+    """Answers of one row to one bucket.
+
+    what             `edited` (gate open), `all`, or `target` (the edit targets themselves)
+    broken, refused  by the judge; None for targets, which are not judged
+    distinct_2       mean share of different bigrams, by the model's tokens; repeated_4: of 4-grams that stood before
+    rouge_l, chrf    overlap with the edit target, F1 in [0, 1] and 0 to 100; None on keeps, or where not installed
+    base_perplexity  of the answers, under the untouched base on the same prompt
+    """
+
+    row: str
+    bucket: str
+    what: str
+    n: int
+    broken: Rate | None
+    refused: Rate | None
+    distinct_2: float | None
+    repeated_4: float | None
+    rouge_l: float | None
+    chrf: float | None
+    bert_score: float | None
+    base_perplexity: float | None
+
+
+class Usefulness(Record):
+    """notes: what was not measured, and how to have it."""
+
+    answers: list[AnswerQuality]
+    notes: list[str]
+
+
 class Diagnostics(Record):
-    schema_version: int = 1
+    """One field a part; None where it was not asked for.
+
+    keys     part -> what its figures depend on, as a digest: a part of another run or controller is made again
+    seconds  part -> how long it took
+    skipped  part -> why it was left out
+    """
+
+    schema_version: int = 2
     run: str
     judge: str
-    corruption: list[CorruptionRecord]
-    corruption_conclusion: str
-    trajectory: TrajectoryRecord
-    probes: list[ProbeRecord]
-    probe_prompts: dict[str, int]
-    late: list[LateRecord]
-
-
-def corruption_records(points: Sequence[CorruptionPoint]) -> tuple[list[CorruptionRecord], str]:
-    def band(b) -> BandRecord:
-        return BandRecord(mean=b.mean, low=b.low, high=b.high)
-
-    records = [
-        CorruptionRecord(
-            rate=p.rate,
-            edit_refusal=band(p.edit_refusal),
-            benign_refusal=band(p.benign_refusal),
-            harmful_refusal=band(p.harmful_refusal),
-            benign_preservation=band(p.benign_preservation),
-            harmful_preservation=band(p.harmful_preservation),
-        )
-        for p in points
-    ]
-    return records, conclusion(points)
-
-
-def probe_records(probes: Sequence[LayerProbe]) -> list[ProbeRecord]:
-    return [ProbeRecord(layer=p.layer, edit_vs_harmful=p.edit_vs_harmful, edit_vs_benign=p.edit_vs_benign) for p in probes]
-
-
-def late_records(row: str, bucket: str, found: Sequence[LateRefusals]) -> list[LateRecord]:
-    return [LateRecord(row=row, bucket=bucket, length=f.length, share=f.share, n_long=f.n_long) for f in found]
-
-
-def trajectory_record(
-    policy: str, found: Sequence[Alignment], layers: Sequence[int], path_rms: Mapping[str, Sequence[float]]
-) -> TrajectoryRecord:
-    """path_rms: bucket -> one RMS per prompt."""
-    moved = [a for a in found if a.gate > 0]
-    longest = max((a.edit.shape[1] for a in moved), default=0)
-
-    def at_step(name: str, step: int) -> np.ndarray:
-        return np.concatenate([getattr(a, name)[:, step] for a in moved if a.edit.shape[1] > step] or [np.zeros(0)])
-
-    nll_base, nll_edited = [a.nll_base for a in moved], [a.nll_edited for a in moved]
-    return TrajectoryRecord(
-        policy=policy,
-        n_closed=len(found) - len(moved),
-        edit=spread([a.edit_whole for a in moved]),
-        refusal=spread([a.refusal_whole for a in moved]),
-        gap=spread([a.edit_whole - a.refusal_whole for a in moved]),
-        layers=[
-            LayerAlignment(
-                layer=layer,
-                edit=_mean(np.concatenate([a.edit[i] for a in moved] or [np.zeros(0)])),
-                refusal=_mean(np.concatenate([a.refusal[i] for a in moved] or [np.zeros(0)])),
-            )
-            for i, layer in enumerate(layers)
-        ],
-        steps=[
-            StepAlignment(
-                step=step + 1,
-                edit=_mean(at_step("edit", step)),
-                refusal=_mean(at_step("refusal", step)),
-                n=sum(a.edit.shape[1] > step for a in moved),
-            )
-            for step in range(longest)
-        ],
-        nll_base=spread(nll_base),
-        nll_edited=spread(nll_edited),
-        nll_reduction=1 - sum(nll_edited) / sum(nll_base) if nll_base and sum(nll_base) > 0 else None,
-        path_rms={b: Score(value=_mean(np.array(v)), n=len(v)) for b, v in path_rms.items()},
-    )
-
-
-def spread(values: Sequence[float]) -> Spread:
-    known = [v for v in values if not np.isnan(v)]
-    return Spread(
-        mean=float(np.mean(known)) if known else None,
-        sd=float(np.std(known, ddof=1)) if len(known) > 1 else None,
-        n=len(known),
-    )
-
-
-def _mean(values: np.ndarray) -> float | None:
-    """Mean over what has a value; nan marks a displacement without a direction."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else None
+    keys: dict[str, str]
+    seconds: dict[str, float]
+    skipped: dict[str, str]
+    corruption: CorruptionCurve | None = None
+    trajectory: TrajectoryRecord | None = None
+    probes: ProbeCurve | None = None
+    late: list[LateRecord] | None = None
+    norms: NormsRecord | None = None
+    route: RouteCalibration | None = None
+    usefulness: Usefulness | None = None
+    experts: CellBlock | None = None
+    grid: CellBlock | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,13 @@ class LayerProbe:
     edit_vs_benign: float | None
 
 
-def layer_probes(prompts: Sequence[Prompt], states: np.ndarray, layers: Sequence[int]) -> list[LayerProbe]:
+def layer_probes(
+    prompts: Sequence[Prompt],
+    states: np.ndarray,
+    layers: Sequence[int],
+    *,
+    tick: Callable[[int], None] | None = None,
+) -> list[LayerProbe]:
     """states: (n_prompts, n_layers, d) float32, one row a prompt and one column a listed layer.
 
     Folds are made of whole groups, so that a focus word is never on both sides; a prompt's fold follows from its group
@@ -38,9 +44,12 @@ def layer_probes(prompts: Sequence[Prompt], states: np.ndarray, layers: Sequence
         chosen = np.isin(buckets, (Bucket.EDIT.value, keep.value))
         return probe_auc(states[chosen, column], buckets[chosen] == Bucket.EDIT.value, folds[chosen])
 
-    return [
-        LayerProbe(layer, against(i, Bucket.HARMFUL_KEEP), against(i, Bucket.BENIGN_KEEP)) for i, layer in enumerate(layers)
-    ]
+    found = []
+    for i, layer in enumerate(layers):
+        found.append(LayerProbe(layer, against(i, Bucket.HARMFUL_KEEP), against(i, Bucket.BENIGN_KEEP)))
+        if tick is not None:
+            tick(1)
+    return found
 
 
 def fold_of(group: str) -> int:

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paving.backbone import Backbone, PromptBatch, checked_ids, pad_left
-from paving.backbone.hooks import record_residuals
+from paving.backbone import Backbone, checked_ids
+from paving.evaluation.diagnostics.forced import ForcedPrompts, LateStart
 from paving.generation import batches_by_length
-from paving.intervention import Identity, Intervention
 from paving.prompts.types import Prompt
-from paving.traces.forward import pad_right, teacher_forced_logits
 from paving.traces.targets import EditTarget
 
 Tick = Callable[[int], None]
@@ -48,7 +46,7 @@ def alignments(
     prompts: Sequence[Prompt],
     targets: Mapping[str, EditTarget],
     refusals: Mapping[str, tuple[int, ...]],
-    intervention: Intervention,
+    intervention: LateStart,
     layers: Sequence[int],
     *,
     batch_size: int = 8,
@@ -74,13 +72,13 @@ def alignments(
     for chunk in batches_by_length(prompts, ids, batch_size):
         target = [targets[p.id].continuation[: steps[p.id]] for p in chunk]
         refusal = [refusals[p.id][: steps[p.id]] for p in chunk]
-        plain = _batch(backbone, chunk, [ids[p.id] for p in chunk])
-        taught = _batch(backbone, chunk, [targets[p.id].teacher_ids for p in chunk])
-        base, nll_base, _ = _forced(backbone, plain, target, Identity(), layers)
-        edited, nll_edited, gates = _forced(backbone, plain, target, intervention, layers)
-        to_target = _forced(backbone, taught, target, Identity(), layers)[0] - base
-        to_refusal = _forced(backbone, plain, refusal, Identity(), layers)[0] - base
-        moved = edited - base
+        plain = ForcedPrompts(backbone, chunk, [ids[p.id] for p in chunk])
+        taught = ForcedPrompts(backbone, chunk, [targets[p.id].teacher_ids for p in chunk])
+        base = plain.run(target, layers)
+        edited = plain.run(target, layers, intervention)
+        to_target = taught.run(target, layers).states - base.states
+        to_refusal = plain.run(refusal, layers).states - base.states
+        moved = edited.states - base.states
         for i, p in enumerate(chunk):
             span = slice(1, steps[p.id])
             mine, towards, away = moved[i, :, span], to_target[i, :, span], to_refusal[i, :, span]
@@ -90,65 +88,13 @@ def alignments(
                 refusal=_cosine(mine, away).numpy(),
                 edit_whole=_cosine(mine.flatten(), towards.flatten()).item(),
                 refusal_whole=_cosine(mine.flatten(), away.flatten()).item(),
-                nll_base=nll_base[i],
-                nll_edited=nll_edited[i],
-                gate=gates[i],
+                nll_base=base.nll[i],
+                nll_edited=edited.nll[i],
+                gate=edited.gates[i],
             )
         if tick is not None:
             tick(len(chunk))
     return [found[p.id] for p in prompts]
-
-
-@torch.no_grad()
-def base_path_rms(
-    backbone: Backbone,
-    prompts: Sequence[Prompt],
-    continuations: Mapping[str, tuple[int, ...]],
-    intervention: Intervention,
-    layers: Sequence[int],
-    *,
-    batch_size: int = 8,
-) -> dict[str, float]:
-    """Prompt id -> root mean square of H^I - H^0 along the base's own continuation (residual-stream units).
-
-    For keeps: 0 exactly where the gate stayed closed.
-    """
-    ids = {p.id: checked_ids(backbone, p) for p in prompts}
-    result: dict[str, float] = {}
-    for chunk in batches_by_length(prompts, ids, batch_size):
-        batch = _batch(backbone, chunk, [ids[p.id] for p in chunk])
-        forced = [continuations[p.id] for p in chunk]
-        edited = _forced(backbone, batch, forced, intervention, layers)[0]
-        moved = edited - _forced(backbone, batch, forced, Identity(), layers)[0]
-        for i, p in enumerate(chunk):
-            result[p.id] = moved[i, :, : len(forced[i])].pow(2).mean().sqrt().item()
-    return result
-
-
-def _batch(backbone: Backbone, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]) -> PromptBatch:
-    ids, mask = pad_left(backbone, rows)
-    return PromptBatch(ids, mask, tuple(p.id for p in prompts), tuple(p.bucket for p in prompts))
-
-
-def _forced(
-    backbone: Backbone,
-    batch: PromptBatch,
-    continuations: Sequence[Sequence[int]],
-    intervention: Intervention,
-    layers: Sequence[int],
-) -> tuple[Tensor, list[float], list[float]]:
-    """States (n, n_layers, T, d) float32 on the CPU, mean nats per forced token (n), effective gates (n)."""
-    tokens, mask = pad_right(continuations, backbone.pad_id, backbone.device)
-    n_steps = tokens.shape[1]
-
-    def forced(resid: Tensor) -> Tensor:
-        return resid[:, -n_steps:].float().cpu()
-
-    with intervention.apply(backbone, batch) as applied, record_residuals(backbone, layers, keep=forced) as states:
-        logits = teacher_forced_logits(backbone, batch, tokens)
-    log_probs = logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1) * mask
-    nll = (-log_probs.sum(-1) / mask.sum(-1)).tolist()
-    return torch.stack([states[layer] for layer in layers], dim=1), nll, [row.gate for row in applied.rows()]
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
