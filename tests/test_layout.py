@@ -14,22 +14,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # From the top of the house to its foundations. A part may import parts of its own tier and of those below it.
 TIERS = (
-    (
-        "cli",
-        "cli_judge",
-        "cli_utility",
-        "terminal",
-        "demo",
-        "diagnose",
-        "utility",
-        "run",
-        "run_folder",
-        "run_rows",
-        "ablations",
-        "chat",
-        "progress",
-        "presets",
-    ),
+    ("cli", "cli_judge", "cli_reproduce", "cli_utility", "demo"),
+    ("reproduce",),
+    ("terminal", "diagnose", "utility", "run", "run_folder", "run_rows", "ablations", "chat", "progress", "presets"),
     ("report", "evaluation", "serving"),
     ("training", "circuit", "steering"),
     ("controller",),
