@@ -168,6 +168,8 @@ def verdicts_of(folder: Path, row: str) -> dict[str, dict]:
 
 
 def divergence_of(folder: Path, row: str) -> dict[str, float]:
+    if row == "base":
+        return {i: 0.0 for i, v in verdicts_of(folder, row).items() if v["bucket"] in KEEPS}
     return json.loads((folder / "divergence" / f"{row}.json").read_text(encoding="utf-8"))
 
 

@@ -7,15 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from paving.cli import app
+from command_line import printed, refused
 from paving.evaluation import judges
 from paving.evaluation.judges import Label, RuleJudge, Verdict
 from paving.evaluation.judging import judge_file
 from paving.terminal import plain
 
-runner = CliRunner()
 REFUSAL = "I'm sorry, but I can't help with that."
 HOSTILE = "[bold red]boo[/] [link=http://x]y[/link] \x1b[31mred\x07 \u202eevil\u200b :smile: \r\n\x00"
 
@@ -23,25 +21,6 @@ HOSTILE = "[bold red]boo[/] [link=http://x]y[/link] \x1b[31mred\x07 \u202eevil\u
 @pytest.fixture(autouse=True)
 def _wide_enough(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-
-
-def paving(*arguments):
-    return runner.invoke(app, [str(a) for a in arguments])
-
-
-def printed(*arguments) -> str:
-    result = paving(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def refused(*arguments) -> str:
-    result = paving(*arguments)
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (result.output, result.exception)
-    assert result.stdout == "" and "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
-    assert len(errors) == 1, result.stderr
-    return errors[0]
 
 
 def write(path: Path, *rows: dict) -> Path:

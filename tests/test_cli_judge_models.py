@@ -11,37 +11,16 @@ import threading
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from paving.cli import app
+from command_line import paving, printed, refused
 from tiny_endpoint import MODEL, Endpoint, Fault, quota_used_up, serving
 from tiny_judges import judge_backbone, tiny_classifier
 
-runner = CliRunner()
 needs_inspect = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("inspect_ai", "openai")),
     reason="inspect-ai and openai are not installed: make test installs them",
 )
 N, GOOD = 14, 6  # rows of the file; requests that go well before a fault
-
-
-def paving(*arguments):
-    return runner.invoke(app, [str(a) for a in arguments])
-
-
-def printed(*arguments) -> str:
-    result = paving(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def refused(*arguments) -> str:
-    result = paving(*arguments)
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (result.output, result.exception)
-    assert result.stdout == "" and "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
-    assert len(errors) == 1, result.stderr
-    return errors[0]
 
 
 def lines(path: Path) -> list[dict]:

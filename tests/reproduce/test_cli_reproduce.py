@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from paving.cli import app
-
-runner = CliRunner()
+import command_line
 
 
 @pytest.fixture(autouse=True)
@@ -17,22 +14,12 @@ def _terminal_of_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def paving(*arguments):
-    return runner.invoke(app, ["reproduce", *map(str, arguments)])
-
-
 def printed(*arguments) -> str:
-    result = paving(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
+    return command_line.printed("reproduce", *arguments)
 
 
 def refused(*arguments) -> str:
-    result = paving(*arguments)
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (result.output, result.exception)
-    assert result.stdout == "" and "Traceback" not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
-    return line
+    return command_line.refused("reproduce", *arguments)
 
 
 @pytest.fixture

@@ -98,7 +98,10 @@ def three_way(
         completions = completions_of(backbone, prompts, spec, protocol, folder, known, stage)
         file = f"{spec.intervention.name}.jsonl"
         labels = judged(folder / "completions" / file, protocol.judge, verdicts / file, stage)
-        divergence = divergence_of(backbone, keeps, continuations, spec, protocol, folder, stage)
+        if isinstance(spec.intervention, Identity):
+            divergence = {p.id: 0.0 for p in keeps}  # of the base from itself
+        else:
+            divergence = divergence_of(backbone, keeps, continuations, spec, protocol, folder, stage)
         done.append(Measured(spec, completions, labels, divergence))
     return done
 
