@@ -1,7 +1,7 @@
 """Tables 2 and 19 on the cautious 135M model: the full recipe with one block of it changed; resumable.
 
-    python benchmarks/ablations.py same-source --data DIR
-    python benchmarks/ablations.py paper       --data DIR --seeds 0 --only no-contrastive late-edits
+    python benchmarks/ablations.py same-source
+    python benchmarks/ablations.py paper --seeds 0 --only no-contrastive late-edits
 
 The full recipe's runs come first: `python benchmarks/protocols.py PROTOCOL --data DIR`. All rows of a seed share its
 prompts, targets, cached traces, and the scale that the full recipe chose. A killed command goes on where it was.
@@ -11,29 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
-from paving.ablations import ABLATIONS, ROW_MIXTURES, ROW_POLICIES, ablation, at_scale
-from paving.backbone import load_backbone
-from paving.run import Means, evaluate, train
-from protocols import LATE, cautious_model, figures_of, markdown, metrics_of, paper, same_source, say, stage, watch
+from paving.ablations import ABLATIONS, ROW_MIXTURES, ROW_POLICIES, run_ablation
+from paving.run import Means, evaluate
+from protocols import figures_of, markdown, metrics_of, say, stage, watch
 
 
 def main() -> None:
     names = [a.name for a in ABLATIONS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=("paper", "same-source"))
-    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(".bench"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=["rows", *names], default=["rows", *names])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    organism = cautious_model(arguments.data, arguments.out)
-    n_layers = load_backbone(str(organism)).n_layers
-    make = paper if arguments.protocol == "paper" else same_source
     means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
     for seed in arguments.seeds:
         full = arguments.out / f"{arguments.protocol}-seed{seed}"
@@ -41,27 +35,15 @@ def main() -> None:
             sys.exit(f"{full} is not there. Run first: python benchmarks/protocols.py {arguments.protocol} --data DIR")
         if "rows" in arguments.only:
             evaluate(full, means, policies=ROW_POLICIES, mixtures=ROW_MIXTURES)
-        scale = metrics_of(full).rows[1].scale
         for name in [n for n in arguments.only if n != "rows"]:
             folder = arguments.out / "ablations" / f"{arguments.protocol}-seed{seed}" / name
             if (folder / "metrics.json").exists():
                 continue
             say(f"--- {arguments.protocol}, seed {seed}: {name}")
-            config = make(arguments.data, arguments.out, organism, seed, LATE)
-            train(at_scale(ablation(name).change(config, n_layers), scale), folder, means)
-            take_base_answers(full, folder)
-            evaluate(folder, means)
+            run_ablation(full, name, folder, means)
     summary = summarise(arguments.out, arguments.protocol, arguments.seeds)
     (arguments.out / f"{arguments.protocol}-ablations.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     print(json.dumps(summary, indent=1) if arguments.json else markdown(summary))
-
-
-def take_base_answers(full: Path, folder: Path) -> None:
-    """The base's answers are the same in every variant; their key still decides whether they are taken."""
-    (folder / "completions").mkdir(exist_ok=True)
-    for name in ("base.jsonl", "base.key"):
-        if not (folder / "completions" / name).exists():
-            shutil.copy(full / "completions" / name, folder / "completions" / name)
 
 
 def summarise(out: Path, protocol: str, seeds: list[int]) -> dict:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import pytest
 
 from paving import run as runs
+from paving.ablations import run_ablation
 from paving.controller.config import ControllerConfig
+from paving.evaluation import three_way
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import Completion
 from paving.prompts.types import Bucket
@@ -94,6 +96,23 @@ def test_a_row_that_cannot_be_is_refused_before_decoding(finished, setting, poli
     monkeypatch.setattr("paving.run.filtered", lambda *a, **k: pytest.fail("went on"))
     with pytest.raises(ValueError, match=says):
         runs.evaluate(finished[0], setting[1], judge=WordJudge(), policies=policies, mixtures=mixtures)
+
+
+def test_an_ablation_shares_prompts_scale_and_base_answers_with_its_run(finished, setting, tmp_path, monkeypatch):
+    folder, full = finished
+    monkeypatch.setattr("paving.run.judge_from", lambda line, **_: WordJudge())
+    decoded = []
+    generate = three_way.generate
+    monkeypatch.setattr(three_way, "generate", lambda *a, **k: decoded.append(a[2].name) or generate(*a, **k))
+    metrics = run_ablation(folder, "no-contrastive", tmp_path / "variant", setting[1])
+    assert "base" not in decoded and "learned" in decoded
+    assert metrics.rows[0] == full.rows[0] and metrics.rows[1].scale == full.rows[1].scale
+    stages = {p.stage for p in metrics.training}
+    assert "contrastive" not in stages and "contrastive" in {p.stage for p in full.training}
+    with pytest.raises(RunError, match="paving eval"):
+        (tmp_path / "unevaluated").mkdir()
+        (tmp_path / "unevaluated" / "config.json").write_text((folder / "config.json").read_text())
+        run_ablation(tmp_path / "unevaluated", "no-contrastive", tmp_path / "x", setting[1])
 
 
 @dataclass(frozen=True)

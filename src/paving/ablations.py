@@ -6,11 +6,16 @@ further rows of the full recipe's own run: `ROW_POLICIES` and `ROW_MIXTURES`, fo
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from paving.controller.config import windows
-from paving.run_folder import RunConfig
+from paving.controller.store import read_description
+from paving.evaluation.results import Metrics
+from paving.run import Means, evaluate, train
+from paving.run_folder import RunConfig, RunError, read_config
 
 ROW_POLICIES = ("soft+veto", "hard+veto", "thresholded+veto")
 ROW_MIXTURES = ("uniform", "expert:0", "expert:1", "expert:2")
@@ -35,6 +40,26 @@ def ablation(name: str) -> Ablation:
     if found is None:
         raise ValueError(f"the ablation {name!r} is not known; allowed: {', '.join(a.name for a in ABLATIONS)}.")
     return found
+
+
+def run_ablation(full: Path, name: str, folder: Path, means: Means) -> Metrics:
+    """Train and evaluate one variant of a finished run, at the scale that the run chose; goes on where it was killed.
+
+    The base's answers are taken from the full recipe's run where they are the same.
+
+    raises RunError for a run that was not trained or evaluated, ValueError for an ablation that is not known
+    """
+    variant, config = ablation(name), read_config(full)
+    if not (full / "metrics.json").exists():
+        raise RunError(f"{full} has no metrics.json yet. Evaluate it first: paving eval {full}")
+    n_layers = means.load(config.model, config.dtype).n_layers
+    scale = read_description(full / "controller")["scale"]
+    train(at_scale(variant.change(config, n_layers), scale), folder, means)
+    (folder / "completions").mkdir(exist_ok=True)
+    for file in ("base.jsonl", "base.key"):  # the key still decides whether they are taken
+        if not (folder / "completions" / file).exists():
+            shutil.copy(full / "completions" / file, folder / "completions" / file)
+    return evaluate(folder, means)
 
 
 def at_scale(config: RunConfig, scale: float) -> RunConfig:

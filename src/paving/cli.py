@@ -146,6 +146,27 @@ def evaluate(
 
 @app.command()
 @one_line_errors
+def ablate(
+    folder: Annotated[Path, typer.Argument(help="Evaluated run folder: the full recipe.")],
+    name: Annotated[str, typer.Argument(help="no-contrastive, no-trajectory, no-stage-3, late-edits, ... (tables 2, 19)")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Run folder of the variant.")],
+    device: Device = "auto",
+    cache: Cache = None,
+    cache_gib: CacheGib = 8.0,
+    trust_remote_code: TrustRemote = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train and evaluate a run again with one block of its recipe changed; everything else, prompts and scale, is its own."""
+    from paving.ablations import run_ablation
+
+    with progress(quiet=as_json) as (stage, watch, say):
+        means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
+        metrics = run_ablation(folder, name, out_folder, means)
+    show(metrics, out_folder, as_json)
+
+
+@app.command()
+@one_line_errors
 def report(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Write report.html again from the saved completions, verdicts and metrics. Loads no model."""
     from paving import run as runs
