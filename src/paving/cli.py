@@ -156,7 +156,7 @@ def ablate(
     trust_remote_code: TrustRemote = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train and evaluate a run again with one block of its recipe changed; everything else, prompts and scale, is its own."""
+    """Train and evaluate a run again with one block of its recipe changed; prompts, scale and all else are its own."""
     from paving.ablations import run_ablation
 
     with progress(quiet=as_json) as (stage, watch, say):
