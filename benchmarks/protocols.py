@@ -122,11 +122,12 @@ def without(source: Path, ids: set[str], target: Path) -> Path:
 
 
 def summarise(folders: list[Path]) -> dict:
-    """Per row of the first run: its figures pooled over all runs, and every run's own."""
+    """Per row that every run has: its figures pooled over all runs, and every run's own."""
     results = [metrics_of(f) for f in folders]
+    common = [r.name for r in results[0].rows if all(r.name in [x.name for x in m.rows] for m in results)]
     return {
         "seeds": [m.seed for m in results],
-        "rows": {r.name: figures_of([(f, r.name) for f in folders]) for r in results[0].rows},
+        "rows": {name: figures_of([(f, name) for f in folders]) for name in common},
         "auc_edit_vs_harmful": [m.router.auc_edit_vs_harmful for m in results],
         "scale": [m.rows[1].scale for m in results],
         "policy": [m.rows[1].policy for m in results],
