@@ -158,6 +158,16 @@ def test_all_three_tables_hold_the_same_cells(metrics, source):
     assert {line.count("|") for line in markdown.splitlines()} == {8}
 
 
+def test_a_shared_page_does_not_tell_where_a_model_lies(metrics):
+    local = metrics.model_copy(update={"model": "/home/somebody/secret-project/cautious"})
+    source = page.render(local)
+    assert "secret-project" not in source and "editing of cautious" in source
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(three_way_table(local))
+    assert "secret-project" not in console.export_text()
+    assert tables.model_name(metrics) == "made-up/Model-4B-IT"
+
+
 def test_names_cannot_break_a_table(metrics):
     odd = metrics.model_copy(update={"rows": [metrics.rows[0].model_copy(update={"name": "a|b\n[bold]c[/red]"})]})
     assert "a\\|b [bold]c[/red]" in three_way_markdown(odd)

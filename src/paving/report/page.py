@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
@@ -81,7 +81,9 @@ def render(
     # Autoescape by hand: the suffix .j2 would not switch it on, and prompts are written by strangers.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
-        title=title or f"{metrics.run}: selective refusal editing of {metrics.model}",
+        title=title or f"{metrics.run}: selective refusal editing of {tables.model_name(metrics)}",
+        model=tables.model_name(metrics),
+        folded=folded,
         metrics=metrics,
         finding=finding(metrics),
         failures=failures(metrics),
@@ -104,6 +106,12 @@ def render(
         filters=tables.filter_counts(metrics),
         example_groups=group_examples(redact(examples), metrics),
     )
+
+
+def folded(text: str) -> Markup:
+    """A figure, and its interval and n on a line below, so that a table of many figures fits a page."""
+    figure, bracket, rest = text.partition(" [")
+    return escape(figure) + (Markup(" <br>") + escape(bracket.strip() + rest) if bracket else Markup(""))
 
 
 def redact(examples: Sequence[Example]) -> list[Example]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from rich import box
 from rich.table import Table as RichTable
@@ -65,7 +66,7 @@ def three_way(metrics: Metrics) -> Table:
 def three_way_table(metrics: Metrics) -> RichTable:
     """The main table for a terminal."""
     table = three_way(metrics)
-    title = f"{metrics.run}: {metrics.model}, seed {metrics.seed}, judge {metrics.judge}; percent"
+    title = f"{metrics.run}: {model_name(metrics)}, seed {metrics.seed}, judge {metrics.judge}; percent"
     # Text, not str: rich would read the brackets of a name as markup. Intervals on a line of their own fit 80 columns.
     shown = RichTable(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     kinds = table.columns.index("kind")
@@ -209,6 +210,12 @@ def filter_counts(metrics: Metrics) -> Table:
     columns = list(dict.fromkeys(key for record in metrics.filters for key in record))
     rows = [tuple(_plain_cell(record.get(column)) for column in columns) for record in metrics.filters]
     return Table(tuple(columns), tuple(rows))
+
+
+def model_name(metrics: Metrics) -> str:
+    """A model's id, or the last part of a folder's path: where a folder lies is its owner's business."""
+    is_path = metrics.model.startswith(("/", ".", "~")) or "\\" in metrics.model
+    return PurePath(metrics.model).name if is_path else metrics.model
 
 
 def percent(fraction: float) -> str:
