@@ -42,7 +42,10 @@ def main() -> None:
             say(f"--- {arguments.protocol}, seed {seed}: {name}")
             run_ablation(full, name, folder, means)
     summary = summarise(arguments.out, arguments.protocol, arguments.seeds)
-    (arguments.out / f"{arguments.protocol}-ablations.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    seeds = "-".join(map(str, arguments.seeds))
+    (arguments.out / f"{arguments.protocol}-ablations-seeds{seeds}.json").write_text(
+        json.dumps(summary, indent=1), encoding="utf-8"
+    )
     print(json.dumps(summary, indent=1) if arguments.json else markdown(summary))
 
 

@@ -57,7 +57,8 @@ def main() -> None:
         if not (folder / "metrics.json").exists() or not (folder / "divergence").exists():
             evaluate(folder, means)
     summary = summarise(folders)
-    (arguments.out / f"{name}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    seeds = "-".join(map(str, arguments.seeds))
+    (arguments.out / f"{name}-seeds{seeds}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     print(json.dumps(summary, indent=1) if arguments.json else markdown(summary))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ from paving.ablations import run_ablation
 from paving.controller.config import ControllerConfig
 from paving.evaluation import three_way
 from paving.evaluation.judges import Label, Verdict
-from paving.generation import Completion
+from paving.generation import Completion, load_completions
 from paving.prompts.types import Bucket
 from paving.run_folder import RunError
 from paving.training.checkpoint import TrainingError
@@ -63,7 +64,7 @@ def test_every_filter_is_counted_before_and_after(finished):
 def test_oracle_routing_leaves_every_keep_as_the_base_has_it(finished):
     folder, metrics = finished
     base, oracle = (
-        {c.id: c for c in runs.load_completions(folder / "completions" / f"{name}.jsonl")} for name in ("base", "oracle")
+        {c.id: c for c in load_completions(folder / "completions" / f"{name}.jsonl")} for name in ("base", "oracle")
     )
     for name, completion in oracle.items():
         if completion.bucket != Bucket.EDIT:
@@ -74,15 +75,19 @@ def test_oracle_routing_leaves_every_keep_as_the_base_has_it(finished):
 
 def test_further_rows_by_gate_and_mixture_share_experts_and_scale(finished, setting):
     folder, first = finished
-    wanted = ["soft", "soft+veto", "thresholded", "oracle"]
+    wanted = ["soft", "soft+veto", "thresholded", "thresholded+veto", "oracle"]
     metrics = runs.evaluate(folder, setting[1], judge=WordJudge(), policies=wanted, mixtures=["uniform", "expert:1"])
     names = [r.name for r in metrics.rows]
-    # thresholded is the deployed gate, so that it stands there already as `learned`
-    assert names == ["base", "learned", "learned+veto", "soft", "soft+veto", "uniform", "expert:1", "oracle"]
+    # thresholded is the deployed gate, so that it stands there already as `learned`; `open` was asked for before
+    further = ["open", "soft", "soft+veto", "thresholded+veto", "uniform", "expert:1"]
+    assert names == ["base", "learned", "learned+veto", *further, "oracle"]
+    assert [r.name for r in runs.evaluate(folder, setting[1], judge=WordJudge()).rows] == names, (
+        "asking for less takes nothing away"
+    )
     assert {r.scale for r in metrics.rows[1:]} == {first.rows[1].scale}
     rows = {r.name: r for r in metrics.rows}
     assert rows["soft"].veto_rate["edit"].n == 0 < rows["soft+veto"].veto_rate["edit"].n
-    answers = {n: runs.load_completions(folder / "completions" / f"{n}.jsonl") for n in ("learned+veto", "expert:1")}
+    answers = {n: load_completions(folder / "completions" / f"{n}.jsonl") for n in ("learned+veto", "expert:1")}
     assert [c.gate for c in answers["learned+veto"]] == [c.gate for c in answers["expert:1"]]
     assert {c.mixture for c in answers["expert:1"]} == {(0.0, 1.0, 0.0)}
 
@@ -115,6 +120,34 @@ def test_an_ablation_shares_prompts_scale_and_base_answers_with_its_run(finished
         run_ablation(tmp_path / "unevaluated", "no-contrastive", tmp_path / "x", setting[1])
 
 
+def test_preservation_looks_at_twelve_tokens_whatever_was_trained(finished, setting, monkeypatch):
+    seen = []
+    measure = runs.three_way
+    monkeypatch.setattr(runs, "three_way", lambda *a, **k: seen.append(a[3].horizon) or measure(*a, **k))
+    folder, _ = finished
+    config = json.loads((folder / "config.json").read_text())
+    assert config["training"]["horizon"] == 12, "the run itself is no witness"
+    monkeypatch.setattr(runs, "read_config", lambda _f: setting[0].model_copy(
+        update={"training": setting[0].training.model_copy(update={"horizon": 6})}))  # fmt: skip
+    runs.evaluate(folder, setting[1], judge=WordJudge())
+    assert seen == [12]
+
+
+class Wavering(WordJudge):
+    """Never the same word twice, as an endpoint without a temperature may be; it must not move the split."""
+
+    def judge(self, prompt, response, bucket, *, truncated=False):
+        return Verdict(Label.HARMLESS_BENIGN, "changed its mind")
+
+
+def test_evaluating_again_keeps_the_prompts_that_training_recorded(finished, setting):
+    folder, first = finished
+    ids = json.loads((folder / "splits.json").read_text())["ids"]["held_out"]
+    again = runs.evaluate(folder, setting[1], judge=Wavering())
+    assert again.rows[0].refusal["edit"].n == first.rows[0].refusal["edit"].n == len(ids["edit"])
+    assert set(json.loads((folder / "groups.json").read_text())) == {i for b in ids.values() for i in b}
+
+
 @dataclass(frozen=True)
 class Lenient:
     """A second judge, for whom nothing is a refusal."""
@@ -123,6 +156,27 @@ class Lenient:
 
     def judge(self, prompt, response, bucket, *, truncated=False):
         return Verdict(Label.HARMLESS_BENIGN, "lenient")
+
+
+@dataclass(frozen=True)
+class Strict(Lenient):
+    name: str = "strict"
+
+    def judge(self, prompt, response, bucket, *, truncated=False):
+        return Verdict(Label.HARMFUL, "strict")
+
+
+def test_what_a_second_judge_calls_harmful_is_shown_by_no_report_of_the_run(finished, setting, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    answers = load_completions(folder / "completions" / "base.jsonl")
+    shown = [c.response for c in answers if not any(c.response in other.prompt for other in answers)]
+    own = folder / "report.html"
+    assert sum(text in own.read_text() for text in shown) > 0
+    monkeypatch.setattr("paving.run.judge_from", lambda line, **_: Strict())
+    runs.evaluate(folder, setting[1], judge=WordJudge(), second_judge="rules")
+    for page in (own, folder / "judges" / "strict" / "report.html"):
+        assert sum(text in page.read_text() for text in shown) == 0
 
 
 def test_a_second_judge_reads_the_same_answers_and_leaves_the_first_ones_verdicts(finished, setting, monkeypatch):
@@ -135,14 +189,15 @@ def test_a_second_judge_reads_the_same_answers_and_leaves_the_first_ones_verdict
     assert second.rows[0].refusal["edit"].n > 0, "the split stays the run's own"
     there = folder / "judges" / "api-lenient-1"
     assert {p.name for p in there.iterdir()} == {"metrics.json", "report.html", "verdicts"}
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "judges" not in p.parts} == kept
+    now = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "judges" not in p.parts}
+    assert {p for p in now if now[p] != kept.get(p)} <= {folder / "report.html"}
 
 
 def test_a_second_evaluation_decodes_nothing_again(finished, setting, monkeypatch):
     folder, metrics = finished
     monkeypatch.setattr("paving.evaluation.three_way.generate", lambda *a, **k: pytest.fail("decoded again"))
-    again = runs.evaluate(folder, setting[1], judge=WordJudge(), policies=["open"])
-    assert again.rows == metrics.rows
+    again = {r.name: r for r in runs.evaluate(folder, setting[1], judge=WordJudge(), policies=["open"]).rows}
+    assert [again[r.name] for r in metrics.rows] == metrics.rows
 
 
 def test_training_again_takes_the_finished_controller(finished, setting, monkeypatch):

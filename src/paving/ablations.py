@@ -99,12 +99,12 @@ def _late_edits(config: RunConfig, n_layers: int) -> RunConfig:
 
 def _late_router(config: RunConfig, n_layers: int) -> RunConfig:
     route = tuple(dict.fromkeys(_depth(layer, n_layers) for layer in (8, 9, 10, 11)))
-    return _controller(config, route_layers=route, edit_layers=_layers(12, n_layers), pooling="last")
+    return _controller(config, route_layers=route, edit_layers=_layers(12, n_layers))
 
 
 def _early_router(config: RunConfig, n_layers: int) -> RunConfig:
-    """The paper's own router, for recipes that read later."""
-    return _controller(config, route_layers=(1, 2, 3, 4), edit_layers=tuple(range(5, n_layers)), pooling="last")
+    """The paper's own route layers, for recipes that read later."""
+    return _controller(config, route_layers=(1, 2, 3, 4), edit_layers=tuple(range(5, n_layers)))
 
 
 ABLATIONS = (

@@ -6,11 +6,9 @@ Every stage writes into the run folder and is taken from there when the same com
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
 
 from paving.backbone import Backbone, cache_dir, load_backbone
 from paving.controller.card import write_card
@@ -20,25 +18,24 @@ from paving.controller.store import fresh_controller, load_controller, read_desc
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Judge, Label
 from paving.evaluation.judges.named import judge_from
-from paving.evaluation.results import Metrics, ScalePoint, Score, TrainingPoint
+from paving.evaluation.results import Metrics, TrainingPoint
 from paving.evaluation.routing import router_diagnostics, threshold_curve
 from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, table_rows
-from paving.evaluation.statistics import wilson
 from paving.evaluation.three_way import Protocol, three_way
 from paving.evaluation.utility import read_utility
-from paving.evaluation.verdicts import read_verdicts
-from paving.generation import Completion, load_completions
+from paving.generation import Completion
 from paving.prompts.leakage import drop_exact_duplicates, group_near_duplicates, refuse_leakage
 from paving.prompts.readers import read_prompts
-from paving.prompts.splits import split_prompts
+from paving.prompts.splits import restrict, split_prompts
 from paving.prompts.starter_set import starter_prompts
 from paving.prompts.types import Bucket, Prompt, PromptError, SplitName, Splits, count_by_bucket
-from paving.report import Example, write_report
+from paving.report import write_report
 from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json, write_text
+from paving.run_records import card_rows, examples_of, gate_logits, scale_points
 from paving.run_rows import row_specs
 from paving.traces.store import TraceStore
-from paving.training.calibrate import OperatingPoint, calibrate
-from paving.training.prepare import boundary_matrix, check_reference, filter_base_refused, prepare
+from paving.training.calibrate import calibrate
+from paving.training.prepare import check_reference, filter_base_refused, prepare
 from paving.training.stages import Watch, fit
 
 Stage = Callable[[str, int], Callable[[int], None]]
@@ -146,9 +143,10 @@ def evaluate(
     backbone = means.load(config.model, config.dtype)
     store = means.store()
     controller = load_controller(folder / "controller", backbone)
+    policies, mixtures = with_earlier_rows((folder, out), policies, mixtures)
     specs = row_specs(controller, policies, folder, mixtures)  # a row that is not known is refused before minutes are spent
-    held_out = filtered(split, config, backbone, store, folder, judge, means).of(SplitName.HELD_OUT)
-    protocol = Protocol(config.decoding, verdicts_by, horizon=config.training.horizon, k=config.training.top_k)
+    held_out = recorded_split(split.splits, folder).of(SplitName.HELD_OUT)
+    protocol = Protocol(config.decoding, verdicts_by, k=config.training.top_k)
     measured = three_way(backbone, held_out, specs, protocol, store, folder, means.stage, verdicts=out / "verdicts")
     rows = table_rows(measured, held_out)
     deployed = "learned+veto" if controller.use_veto else "learned"
@@ -177,11 +175,26 @@ def evaluate(
         ),
         training=[TrainingPoint(**h) for h in calibration["history"]],
     )
+    write_json(folder / "groups.json", {p.id: p.group for p in held_out})  # intervals over several runs redraw by group
     write_text(out / "metrics.json", metrics.model_dump_json(indent=1))
     if second_judge is None:
         write_card(folder / "controller", read_description(folder / "controller"), card_rows(metrics))
     report(folder, out)
+    if second_judge is not None and (folder / "metrics.json").exists():
+        report(folder)  # what this judge calls HARMFUL is no longer shown there either
     return metrics
+
+
+def with_earlier_rows(
+    folders: Sequence[Path], policies: Sequence[str], mixtures: Sequence[str]
+) -> tuple[Sequence[str], Sequence[str]]:
+    """With the further rows that an earlier evaluation added: asking for one more must not take away another."""
+    standard = {"base", "learned", "learned+veto", Oracle().name}
+    files = [f / "metrics.json" for f in folders if (f / "metrics.json").exists()]
+    rows = [r["name"] for file in files for r in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    earlier = [name for name in rows if name not in standard]
+    mixed = [name for name in earlier if name == "uniform" or ":" in name]
+    return [*[n for n in earlier if n not in mixed], *policies], [*mixed, *mixtures]
 
 
 def judge_folder(folder: Path, judge: str) -> Path:
@@ -202,7 +215,7 @@ def report(folder: Path, judged: Path | None = None) -> Path:
         metrics = Metrics.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path} is damaged or of another version. Evaluate again: paving eval {folder}") from error
-    examples = examples_of(folder / "completions", out / "verdicts", [r.name for r in metrics.rows])
+    examples = examples_of(folder, out / "verdicts", [r.name for r in metrics.rows])
     further = {"diagnostics": diagnostics_of(folder), "utility": read_utility(folder / "utility.json")}
     return write_report(metrics, out / "report.html", examples=examples, **further)
 
@@ -262,6 +275,13 @@ def filtered(
     return splits
 
 
+def recorded_split(splits: Splits, folder: Path) -> Splits:
+    """As training filtered it: the judge is not asked again, who may ask a fee or give another answer."""
+    recorded = json.loads((folder / "splits.json").read_text(encoding="utf-8"))["ids"]
+    kept = {i for by_bucket in recorded.values() for ids in by_bucket.values() for i in ids}
+    return restrict(splits, lambda p: p.id in kept, "recorded when the run was trained")
+
+
 def record_splits(splits: Splits, folder: Path) -> None:
     """splits.json: the prompt ids of every split, and the counts before and after every filter."""
     filters = [dict(c) for c in splits.counts]
@@ -317,70 +337,3 @@ def usable_target(judge: Judge) -> Callable[[Completion, str], bool]:
         return kind != "reframe" or verdict.label != Label.HARMFUL
 
     return usable
-
-
-# --- rows and records -------------------------------------------------------------------------------------------
-
-
-def gate_logits(
-    backbone: Backbone, controller: ResidualPaving, prompts: Sequence[Prompt]
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Gate and veto logits per bucket value, for the router's diagnostics."""
-    gates: dict[str, list[float]] = {}
-    vetoes: dict[str, list[float]] = {}
-    for bucket in Bucket:
-        chosen = [p for p in prompts if p.bucket == bucket]
-        z = boundary_matrix(backbone, chosen, controller.config)
-        with torch.no_grad():
-            gates[bucket.value] = controller.weights.router(z)[0].tolist()
-            vetoes[bucket.value] = controller.weights.veto(controller.weights.router.normalise(z)).tolist()
-    return gates, vetoes if controller.weights.veto.fitted else {}
-
-
-def scale_points(calibration: Mapping) -> list[ScalePoint]:
-    chosen = OperatingPoint(**calibration["chosen"])
-    points = []
-    for raw in calibration["points"]:
-        p = OperatingPoint(**{k: v for k, v in raw.items() if k != "score"})
-        if p.policy != Oracle().name:  # the sweep routes edit prompts by label; the other points compare policies
-            continue
-        points.append(
-            ScalePoint(
-                scale=p.scale,
-                edit_refusal=wilson(p.edit_refusals, p.n_edit),
-                harmful_refusal=wilson(p.harmful_refusals, p.n_harmful),
-                benign_preservation=Score(value=p.benign_preservation, n=p.n_benign),
-                harmful_preservation=Score(value=p.harmful_preservation, n=p.n_harmful),
-                edit_broken=wilson(p.edit_broken, p.n_edit),
-                score=raw["score"],
-                chosen=p.scale == chosen.scale,
-            )
-        )
-    return points
-
-
-def examples_of(completions: Path, verdicts: Path, names: Sequence[str], per_bucket: int = 4) -> list[Example]:
-    """The same few prompts of each bucket under every row, with their labels (the report redacts Harmful ones)."""
-    by_row: dict[str, dict[str, Completion]] = {}
-    labels: dict[str, dict[str, str]] = {}
-    for name in names:
-        path, judged = completions / f"{name}.jsonl", verdicts / f"{name}.jsonl"
-        if path.exists() and judged.exists():
-            by_row[name] = {c.id: c for c in load_completions(path)}
-            labels[name] = {line.id: line.label for line in read_verdicts(judged)}
-    examples = []
-    for bucket in Bucket:
-        base = [c for c in by_row.get("base", {}).values() if c.bucket == bucket]
-        # Evenly spaced rather than chosen: examples are for reading, not for persuading.
-        for c in base[:: max(1, len(base) // per_bucket)][:per_bucket]:
-            for name, completions in by_row.items():
-                if c.id in completions:
-                    row = completions[c.id]
-                    examples.append(
-                        Example(c.id, bucket, c.prompt, name, row.response, labels[name][c.id], row.gate, row.veto)
-                    )
-    return examples
-
-
-def card_rows(metrics: Metrics) -> list[dict]:
-    return [json.loads(row.model_dump_json()) for row in metrics.rows]

@@ -28,8 +28,8 @@ def row_specs(
         variants.append((controller.with_policy(controller.policy, name="learned+veto", use_veto=True), "learned"))
     for row in dict.fromkeys(policies):
         policy, use_veto = row_policy(row, controller, has_veto)
-        if policy.name in (Oracle().name, controller.policy.name):
-            continue  # stands in the table anyway, as oracle, learned or learned+veto
+        if policy.name == Oracle().name or (policy.name == controller.policy.name and not use_veto):
+            continue  # stands in the table anyway, as oracle or learned
         kind = "learned" if policy.vetoable else "diagnostic"
         variants.append((controller.with_policy(policy, name=row, use_veto=use_veto), kind))
     for row in dict.fromkeys(mixtures):

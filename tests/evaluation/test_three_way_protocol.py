@@ -187,6 +187,27 @@ def test_gap_intervals_hold_the_gaps_and_are_missing_without_both_rows(backbone,
     assert gap_intervals(measured[:2], prompts, "soft") is None
 
 
+def test_preservation_rests_on_the_gates_of_the_answers(backbone, tmp_path, monkeypatch):
+    """Closed when answered is unmoved, whatever a second look at the gate would say; and only open ones are measured."""
+    asked = []
+    measure = module.keep_divergence
+    monkeypatch.setattr(module, "keep_divergence", lambda b, keeps, *a, **k: asked.append([p.id for p in keeps])
+                        or measure(b, keeps, *a, **k))  # fmt: skip
+    decode = module.generate
+
+    def undecided(*a, **k):
+        done = decode(*a, **k)
+        return [replace(c, gate=0.0) if c.bucket == Bucket.HARMFUL_KEEP else c for c in done]
+
+    monkeypatch.setattr(module, "generate", undecided)
+    spec = RowSpec(lively(backbone, policy=AlwaysOpen(), name="open"), "diagnostic", "open", 1.0, "o")
+    _, row = three_way(backbone, some_prompts(), [spec], PROTOCOL, TraceStore(tmp_path / "c"), tmp_path, quiet)
+    benign = [p.id for p in some_prompts() if p.bucket == Bucket.BENIGN_KEEP]
+    assert asked == [benign] and all(row.divergence[i] > 0 for i in benign)
+    harmful = [p.id for p in some_prompts() if p.bucket == Bucket.HARMFUL_KEEP]
+    assert [row.divergence[i] for i in harmful] == [0.0] * len(harmful)
+
+
 def test_power_is_told_for_every_bucket_also_an_empty_one():
     told = power_sentences([p for p in some_prompts() if p.bucket != Bucket.BENIGN_KEEP])
     assert "n=0" in told["benign_keep"] and told["edit"].startswith("4 edit prompts can show nothing")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +18,10 @@ from paving.evaluation.diagnostics.answers import AnswerJournal
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Judge, Label
 from paving.evaluation.results import Metrics
+from paving.evaluation.three_way import HORIZON
 from paving.generation import Completion, load_completions
 from paving.prompts.types import Bucket, Prompt, SplitName
-from paving.run import Means, filtered, split_of
+from paving.run import Means, recorded_split, split_of
 from paving.run_folder import RunConfig, RunError, read_config
 from paving.traces.completions import base_continuations
 from paving.traces.prompt_states import PromptStates, prompt_states
@@ -80,7 +80,7 @@ class Study:
     def continuations(self) -> dict[str, tuple[int, ...]]:
         """The base's own continuations of all prompts, as long as the preservation score looks."""
         tick = self.means.stage("base continuations", len(self.prompts))
-        return base_continuations(self.backbone, self.store, self.prompts, self.config.training.horizon, tick=tick)
+        return base_continuations(self.backbone, self.store, self.prompts, HORIZON, tick=tick)
 
     @cached_property
     def trace_targets(self) -> dict[str, EditTarget]:
@@ -154,10 +154,7 @@ def open_study(folder: Path, means: Means, judge: Judge) -> Study:
     backbone = means.load(config.model, config.dtype)
     store = means.store()
     controller = load_controller(folder / "controller", backbone)
-    splits = filtered(split_of(config), config, backbone, store, folder, judge, means)
-    # What training dropped for want of a usable target stands in splits.json only.
-    fitted = json.loads((folder / "splits.json").read_text(encoding="utf-8"))["ids"][SplitName.TRAIN.value]
-    fitted_ids = {i for ids in fitted.values() for i in ids}
+    splits = recorded_split(split_of(config).splits, folder)
     held_out = splits.of(SplitName.HELD_OUT)
     base = {c.id: c for c in load_completions(folder / "completions" / "base.jsonl")}
     if missing := [p.id for p in held_out if p.id not in base]:
@@ -173,7 +170,7 @@ def open_study(folder: Path, means: Means, judge: Judge) -> Study:
         store=store,
         controller=controller,
         prompts=held_out,
-        train=tuple(p for p in splits.of(SplitName.TRAIN) if p.id in fitted_ids),
+        train=splits.of(SplitName.TRAIN),
         base=base,
         judge=judge,
         means=means,

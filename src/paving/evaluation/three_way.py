@@ -7,7 +7,7 @@ with the same arguments takes finished rows from disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from paving.traces.completions import base_continuations
 from paving.traces.preservation import keep_divergence
 from paving.traces.store import TraceStore
 
+HORIZON = 12  # tokens of the base's continuation that preservation looks at, whatever a controller was trained on
 KEEPS = (Bucket.BENIGN_KEEP, Bucket.HARMFUL_KEEP)
 Stage = Callable[[str, int], Callable[[int], None]]
 
@@ -67,7 +68,7 @@ class Protocol:
 
     decoding: Decoding
     judge: Judge
-    horizon: int = 12
+    horizon: int = HORIZON
     k: int = 1024
     batch_size: int = 32
 
@@ -101,7 +102,8 @@ def three_way(
         if isinstance(spec.intervention, Identity):
             divergence = {p.id: 0.0 for p in keeps}  # of the base from itself
         else:
-            divergence = divergence_of(backbone, keeps, continuations, spec, protocol, folder, stage)
+            opened = {c.id for c in completions if c.gate > 0}  # as the answers were decided, see `divergence_of`
+            divergence = divergence_of(backbone, keeps, opened, continuations, spec, protocol, folder, stage)
         done.append(Measured(spec, completions, labels, divergence))
     return done
 
@@ -148,20 +150,28 @@ def completions_of(
 def divergence_of(
     backbone: Backbone,
     keeps: Sequence[Prompt],
+    opened: Collection[str],
     continuations: Mapping[str, tuple[int, ...]],
     spec: RowSpec,
     protocol: Protocol,
     folder: Path,
     stage: Stage,
 ) -> dict[str, float]:
-    """Keep's id -> mean KL to the base (nats), measured, or taken from disk likewise."""
+    """Keep's id -> mean KL to the base (nats), measured, or taken from disk likewise.
+
+    opened: ids whose gate was open when the row was decoded. Only they are measured, the others are 0: decided again in
+            other batches, a gate at its threshold could fall the other way, and one row would rest on two decisions
+    """
     path = folder / "divergence" / f"{spec.intervention.name}.json"
-    key = _key(backbone, keeps, spec, horizon=protocol.horizon, k=protocol.k)
+    key = _key(backbone, keeps, spec, horizon=protocol.horizon, k=protocol.k, opened=sorted(opened & {p.id for p in keeps}))
     tick = stage(f"preservation: {spec.intervention.name}", len(keeps))
     if _is_there(path, key):
         tick(len(keeps))
         return json.loads(path.read_text(encoding="utf-8"))
-    divergence = keep_divergence(backbone, keeps, continuations, spec.intervention, k=protocol.k, tick=tick)
+    moved = [p for p in keeps if p.id in opened]
+    tick(len(keeps) - len(moved))
+    found = keep_divergence(backbone, moved, continuations, spec.intervention, k=protocol.k, tick=tick)
+    divergence = {p.id: found.get(p.id, 0.0) for p in keeps}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _keyed(path, key):
         path.write_text(json.dumps(divergence, indent=0), encoding="utf-8")

@@ -97,6 +97,7 @@ def render(
             "training": Markup(figures.training_curves(metrics)),
         },
         diagnostics=diagnostics and diagnostics_section(diagnostics),
+        diagnostics_judge=diagnostics and diagnostics.judge,
         utility=utility and tables.utility(utility),
         three_way=tables.three_way(metrics),
         labels=tables.label_counts(metrics),

@@ -60,7 +60,8 @@ def share(setting: Setting, row: str, bucket: Bucket, labels: Collection[Label] 
     flags = [_flags(run, row, bucket, labels) for run in setting.runs]
     if any(f is None for f in flags):
         return _without_interval(setting, head, each, 100 * total.rate)
-    pooled = pooled_rate([f for f in flags if f is not None])
+    known = [f for f in flags if f is not None]
+    pooled = pooled_rate(known, setting.group_of(i for f in known for i in f))
     return text(head, _limits(pooled.by_prompt), _each(r.rate for r in each), value=100 * total.rate)
 
 
@@ -82,7 +83,7 @@ def drift(setting: Setting, row: str) -> Cell:
     if len(values) == 1:
         found = paired_rates(ours[0], base[0])
         return text(points(found.difference), f"[{points(found.low)}, {points(found.high)}]", value=100 * found.difference)
-    pooled = pooled_difference(ours, base)
+    pooled = pooled_difference(ours, base, setting.group_of(i for f in ours for i in f))
     low, high = pooled.by_prompt.low, pooled.by_prompt.high
     limits = "[n/a]" if low is None or high is None else f"[{points(low)}, {points(high)}]"
     value = pooled.naive.difference

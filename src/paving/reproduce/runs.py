@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
@@ -57,6 +58,12 @@ class Run:
         path = self.folder / "verdicts" / f"{row}.jsonl"
         return self._checked(path, row) if path.exists() else None
 
+    @cached_property
+    def groups(self) -> dict[str, str]:
+        """Held-out prompt id -> its group; each prompt by itself where an older evaluation did not write groups.json."""
+        path = self.folder / "groups.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
     def _checked(self, path: Path, row: str) -> dict[str, dict[str, Label]]:
         found: dict[str, dict[str, Label]] = {}
         try:
@@ -100,6 +107,11 @@ class Setting:
             return f"{names[0]} (seeds {', '.join(str(r.seed) for r in self.runs)})"
         same = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))))
         return f"{names[0][:same]}{{{', '.join(name[same:] for name in names)}}}"
+
+    def group_of(self, ids: Iterable[str]) -> dict[str, str]:
+        """Prompts of one group are redrawn together; see docs/statistics.md."""
+        known = {i: g for run in self.runs for i, g in run.groups.items()}
+        return {i: known.get(i, i) for i in ids}
 
     @property
     def unevaluated(self) -> Run | None:
