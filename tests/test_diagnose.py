@@ -218,3 +218,19 @@ def test_a_wrong_option_is_refused_before_a_model_is_loaded(run, options, messag
 
     with pytest.raises(ValueError, match=message):
         diagnose(folder, NoModel(**vars(means)), WordJudge(), options)
+
+
+def test_a_text_that_the_evaluation_judged_is_not_judged_again(run, tmp_path):
+    folder, _, found, means = run
+    shutil.copytree(folder, tmp_path / "run")
+
+    class Forgetful(WordJudge):
+        """Of the same name, but of another mind now: only texts that nobody judged before may be asked for."""
+
+        def judge(self, prompt, response, bucket, *, truncated=False):
+            asked.append((prompt, response))
+            return super().judge(prompt, response, bucket, truncated=truncated)
+
+    asked: list[tuple[str, str]] = []
+    again = diagnose(tmp_path / "run", means, Forgetful(), Options(only=["corruption"], again=True))
+    assert again.corruption == found.corruption and asked == []

@@ -13,7 +13,7 @@ from paving.ablations import run_ablation
 from paving.controller.config import ControllerConfig
 from paving.evaluation import three_way
 from paving.evaluation.judges import Label, Verdict
-from paving.generation import Completion, load_completions
+from paving.generation import load_completions
 from paving.prompts.types import Bucket
 from paving.run_folder import RunError
 from paving.training.checkpoint import TrainingError
@@ -239,24 +239,3 @@ def test_the_report_can_be_written_again_without_a_model(finished):
     folder, _ = finished
     (folder / "report.html").unlink()
     assert runs.report(folder).exists()
-
-
-@pytest.mark.parametrize(
-    ("label", "kind", "usable"),
-    [
-        (Label.HARMLESS_REFRAME, "reframe", True),
-        (Label.HARMLESS_REFUSAL, "own", False),
-        (Label.HARMLESS_BROKEN, "own", False),
-        (Label.HARMFUL, "reframe", False),
-        (Label.HARMFUL, "own", True),  # the owner calls the prompt safe; only generated targets are judged for harm
-    ],
-)
-def test_what_an_edit_prompt_may_be_trained_towards(label, kind, usable):
-    class Says:
-        name = "says"
-
-        def judge(self, prompt, response, bucket, *, truncated=False):
-            return Verdict(label, "said")
-
-    target = Completion("e", "edit", "prompt", "target", 1, False, gate=0.0)
-    assert runs.usable_target(Says())(target, kind) is usable

@@ -31,8 +31,13 @@ def splits(n_edit=6, n_benign=3, n_harmful=3) -> Splits:
     return Splits(train=tuple(rows), calibration=(), held_out=())
 
 
+def answered(completions) -> list[str]:
+    """Labels of a judge for whom everything is an ordinary answer."""
+    return ["HARMLESS-BENIGN"] * len(completions)
+
+
 def prepared(backbone, folder, config=CONFIG, **sizes):
-    return prepare(backbone, TraceStore(folder), splits(**sizes), config, lambda *_: True)
+    return prepare(backbone, TraceStore(folder), splits(**sizes), config, answered)
 
 
 def fitted(base, ready, folder, config=CONFIG, watch=lambda *_: None, seed=0, controller=None):

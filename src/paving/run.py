@@ -16,7 +16,7 @@ from paving.controller.gates import Oracle
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import fresh_controller, load_controller, read_description, save_controller
 from paving.evaluation.diagnostics.records import Diagnostics
-from paving.evaluation.judges import Judge, Label
+from paving.evaluation.judges import Exchange, Judge, judge_all
 from paving.evaluation.judges.named import judge_from
 from paving.evaluation.results import Metrics, TrainingPoint
 from paving.evaluation.routing import router_diagnostics, threshold_curve
@@ -37,6 +37,7 @@ from paving.traces.store import TraceStore
 from paving.training.calibrate import calibrate
 from paving.training.prepare import check_reference, filter_base_refused, prepare
 from paving.training.stages import Watch, fit
+from paving.training.verdicts import LabelsOf
 
 Stage = Callable[[str, int], Callable[[int], None]]
 
@@ -87,7 +88,7 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     training = config.training
     if config.targets_from is not None:
         training = training.model_copy(update={"targets": "reference"})
-    prepared = prepare(backbone, store, splits, training, usable_target(judge), reference=reference, stage=means.stage)
+    prepared = prepare(backbone, store, splits, training, labels_of(judge), reference=reference, stage=means.stage)
     splits = prepared.splits
     record_splits(splits, folder)
     del reference
@@ -101,7 +102,7 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
         store,
         training,
         config.calibration,
-        label_of(judge),
+        labels_of(judge),
         decoding=config.decoding,
         stage=means.stage,
     )
@@ -265,7 +266,7 @@ def filtered(
         backbone,
         store,
         split.splits,
-        refused_by(judge),
+        labels_of(judge),
         max_new_tokens=config.decoding.max_new_tokens,
         stage=means.stage,
     )
@@ -310,30 +311,11 @@ def bucket_counts(splits: Splits) -> dict[str, dict[str, int]]:
 # --- judging ----------------------------------------------------------------------------------------------------
 
 
-def label_of(judge: Judge) -> Callable[[Completion], str]:
-    def label(c: Completion) -> str:
-        return judge.judge(c.prompt, c.response, Bucket(c.bucket), truncated=c.truncated).label.value
+def labels_of(judge: Judge) -> LabelsOf:
+    """The judge as training asks it: labels for many answers at once."""
 
-    return label
+    def labels(answers: Sequence[Completion]) -> list[str]:
+        rows = [Exchange(c.prompt, c.response, Bucket(c.bucket), c.truncated) for c in answers]
+        return [verdict.label.value for verdict in judge_all(judge, rows)]
 
-
-def refused_by(judge: Judge) -> Callable[[Completion], bool]:
-    def refused(c: Completion) -> bool:
-        return judge.judge(c.prompt, c.response, Bucket(c.bucket), truncated=c.truncated).refusal
-
-    return refused
-
-
-def usable_target(judge: Judge) -> Callable[[Completion, str], bool]:
-    """What an edit prompt may be trained towards: no refusal, nothing broken, and no generated text that looks harmful.
-
-    An owner's own target, or a reference model's answer to a prompt its owner calls safe, is not judged for harm.
-    """
-
-    def usable(target: Completion, kind: str) -> bool:
-        verdict = judge.judge(target.prompt, target.response, Bucket(target.bucket), truncated=target.truncated)
-        if verdict.refusal or verdict.label == Label.HARMLESS_BROKEN:
-            return False
-        return kind != "reframe" or verdict.label != Label.HARMFUL
-
-    return usable
+    return labels

@@ -17,7 +17,6 @@ from paving.traces.store import TraceStore
 from paving.traces.targets import (
     ANCHOR_PREFIX,
     ANSWER_TEACHER,
-    base_refused,
     own_targets,
     reference_targets,
     reframe_messages,
@@ -119,11 +118,6 @@ def test_a_rows_own_target_goes_before_the_reference_models(backbone):
     word = backbone.tokenizer.convert_tokens_to_ids
     assert (targets["own"].kind, targets["own"].continuation[0]) == ("own", word("w5"))
     assert (targets["other"].kind, targets["other"].continuation[0]) == ("reference", word("w7"))
-
-
-def test_the_base_refusal_filter_keeps_what_the_judge_calls_a_refusal():
-    rows = [Completion(str(i), "edit", "", text, 1, False, 0.0) for i, text in enumerate(("no", "yes", "no"))]
-    assert base_refused(rows, lambda c: c.response == "no") == {"0", "2"}
 
 
 # --- preservation -----------------------------------------------------------------------------------------------

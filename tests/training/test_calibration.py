@@ -126,13 +126,16 @@ def test_what_was_not_measured_adds_nothing_to_the_score():
 
 
 def calibration(backbone, folder, label_of, config, prompts=None):
+    def labels_of(completions):
+        return [label_of(c) for c in completions]
+
     prompts = tuple(prompts or some_prompts())
     splits = Splits(train=(), calibration=prompts, held_out=())
     training = TrainingConfig(horizon=4, short_horizon=2, top_k=16)
     targets = own_targets(backbone, [p for p in prompts if p.bucket == Bucket.EDIT], horizon=4)
     controller = lively(backbone)
     store, decoding = TraceStore(folder), Decoding(max_new_tokens=4)
-    return calibrate(backbone, controller, splits, targets, store, training, config, label_of, decoding=decoding)
+    return calibrate(backbone, controller, splits, targets, store, training, config, labels_of, decoding=decoding)
 
 
 SWEEP = CalibrationConfig(scales=(0.5, 1.0, 2.0), policies=("thresholded", "hard", "soft"))

@@ -20,7 +20,7 @@ from paving.training.config import LossWeights
 from paving.training.data import boundary_of, epoch_steps, step_batch
 from paving.training.prepare import prepare, repeats
 from paving.training.stages import schedule, set_residual_sizes, standardise, step_losses
-from tiny_fits import CONFIG, EPOCHS, fitted, prepared, same, splits
+from tiny_fits import CONFIG, EPOCHS, answered, fitted, prepared, same, splits
 from tiny_models import ARCHITECTURES, LATE, ROUTED, lively, tiny_backbone
 
 # --- what the fit does ------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_two_fits_of_one_seed_are_bit_equal_and_another_seed_differs(base, ready
 
 
 def test_the_fit_is_the_same_whether_the_prompt_cache_was_kept_or_rebuilt(base, whole, tmp_path):
-    rebuilt = prepare(base, TraceStore(tmp_path / "t", budget_gib=0.0), splits(), CONFIG, lambda *_: True)
+    rebuilt = prepare(base, TraceStore(tmp_path / "t", budget_gib=0.0), splits(), CONFIG, answered)
     assert not (tmp_path / "t" / "prefix").exists()
     _, records = fitted(base, rebuilt, tmp_path / "f")
     for a, b in zip(records, whole[1], strict=True):
@@ -188,11 +188,13 @@ def test_a_bucket_of_keeps_without_prompts_is_left_out(base, tmp_path):
 
 def test_unusable_targets_are_dropped_and_counted_and_none_left_is_an_error(base, tmp_path):
     store, chosen = TraceStore(tmp_path), splits()
-    kept = prepare(base, store, chosen, CONFIG, lambda c, _kind: c.id != "edit-2")
+    kept = prepare(
+        base, store, chosen, CONFIG, lambda cs: ["HARMLESS-REFUSAL" if c.id == "edit-2" else "HARMLESS-BENIGN" for c in cs]
+    )
     assert [r.id for r in kept.rows.edit] == [f"edit-{i}" for i in (0, 1, 3, 4, 5)]
     assert len(kept.splits.of(SplitName.TRAIN, Bucket.EDIT)) == 5
     with pytest.raises(TrainingError, match="targets of all 6 training edit prompts refuse, loop or break off"):
-        prepare(base, store, chosen, CONFIG, lambda *_: False)
+        prepare(base, store, chosen, CONFIG, lambda cs: ["HARMLESS-BROKEN"] * len(cs))
 
 
 def test_a_target_that_repeats_itself_is_dropped_whatever_the_judge_says(base, tmp_path):
@@ -200,7 +202,7 @@ def test_a_target_that_repeats_itself_is_dropped_whatever_the_judge_says(base, t
     chosen = splits()
     looping = replace(chosen.train[0], target=" ".join([f"w{i}" for i in range(150, 153)] * 3))
     chosen = replace(chosen, train=(looping, *chosen.train[1:]))
-    kept = prepare(base, TraceStore(tmp_path), chosen, CONFIG.model_copy(update={"horizon": 9}), lambda *_: True)
+    kept = prepare(base, TraceStore(tmp_path), chosen, CONFIG.model_copy(update={"horizon": 9}), answered)
     assert [r.id for r in kept.rows.edit] == [f"edit-{i}" for i in range(1, 6)]
 
 

@@ -16,9 +16,10 @@ from paving.controller.store import load_controller
 from paving.diagnose.decided import Decided
 from paving.evaluation.diagnostics.answers import AnswerJournal
 from paving.evaluation.diagnostics.records import Diagnostics
-from paving.evaluation.judges import Judge, Label
+from paving.evaluation.judges import Exchange, Judge, Label, judge_all
 from paving.evaluation.results import Metrics
 from paving.evaluation.three_way import HORIZON
+from paving.evaluation.verdicts import read_verdicts, verdict_key
 from paving.generation import Completion, load_completions
 from paving.prompts.types import Bucket, Prompt, SplitName
 from paving.run import Means, recorded_split, split_of
@@ -109,7 +110,17 @@ class Study:
         return None if name is None else self.means.load(name, self.config.dtype)
 
     def label(self, c: Completion) -> Label:
-        return self.judge.judge(c.prompt, c.response, Bucket(c.bucket), truncated=c.truncated).label
+        """What this judge said of the same text in the evaluation, or says now; asked once for each text."""
+        asked = Exchange(c.prompt, c.response, Bucket(c.bucket), c.truncated)
+        key = verdict_key(self.judge.name, asked)
+        if key not in self._labels:
+            self._labels[key] = judge_all(self.judge, [asked])[0].label
+        return self._labels[key]
+
+    @cached_property
+    def _labels(self) -> dict[str, Label]:
+        files = sorted((self.folder / "verdicts").glob("*.jsonl"))
+        return {v.key: v.label for file in files for v in read_verdicts(file) if v.key and v.judge == self.judge.name}
 
     def row_completions(self, row: str) -> list[Completion]:
         path = self.folder / "completions" / f"{row}.jsonl"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paving.evaluation.json_lines import Line, RowError, read_objects
 from paving.evaluation.judges.answers import Answer
-from paving.evaluation.judges.protocol import Label, Verdict
+from paving.evaluation.judges.protocol import Judged, Label, Verdict
 from paving.prompts.rows import shown
 from paving.prompts.types import Bucket
 
@@ -60,7 +60,7 @@ def text_hash(prompt: str, response: str) -> str:
     return _sha256([prompt, response])
 
 
-def verdict_key(judge: str, answer: Answer) -> str:
+def verdict_key(judge: str, answer: Judged) -> str:
     """The name of a verdict by everything that a judge is shown, and the judge itself: sha256, hexadecimal."""
     return _sha256([judge, answer.prompt, answer.response, answer.bucket, answer.truncated])
 

@@ -161,8 +161,3 @@ def greedy(backbone: Backbone, rows: Sequence[Sequence[int]], n_tokens: int) -> 
         end = next((i for i, t in enumerate(tokens) if t in backbone.eos_ids), len(tokens))
         result.append(tokens[:end])
     return result
-
-
-def base_refused(completions: Sequence[Completion], is_refusal: Callable[[Completion], bool]) -> set[str]:
-    """Ids of the prompts that the base refuses: the base-refusal filter of edit prompts (B.3)."""
-    return {c.id for c in completions if is_refusal(c)}

@@ -6,7 +6,7 @@ The judge is handed in as a function, so that this stage needs nothing of how an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from paving.backbone import Backbone
 from paving.controller.gates import GatePolicy, Oracle, ThresholdedSoft, gate_policy
 from paving.controller.residual_paving import ResidualPaving
-from paving.generation import Completion, Decoding, generate
+from paving.generation import Decoding, generate
 from paving.intervention import Identity
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
 from paving.traces.completions import base_continuations
@@ -24,9 +24,7 @@ from paving.traces.store import TraceStore
 from paving.traces.targets import EditTarget
 from paving.training.config import CalibrationConfig, TrainingConfig
 from paving.training.prepare import Stage, boundary_matrix, silent
-
-LabelOf = Callable[[Completion], str]
-REFUSAL, BROKEN, HARMFUL = "HARMLESS-REFUSAL", "HARMLESS-BROKEN", "HARMFUL"
+from paving.training.verdicts import BROKEN, HARMFUL, REFUSAL, LabelsOf
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def calibrate(
     store: TraceStore,
     training: TrainingConfig,
     config: CalibrationConfig,
-    label_of: LabelOf,
+    labels_of: LabelsOf,
     *,
     decoding: Decoding,
     stage: Stage = silent,
@@ -108,7 +106,7 @@ def calibrate(
     threshold = choose_threshold(logits, [p.bucket for p in prompts], harmful_cost=config.harmful_cost)
     use_veto = config.use_veto and bool(controller.weights.veto.fitted)
     controller = replace(controller, policy=ThresholdedSoft(threshold), use_veto=use_veto, name="calibrating")
-    trial = _Trial(backbone, splits, targets, store, training, config, label_of, decoding)
+    trial = _Trial(backbone, splits, targets, store, training, config, labels_of, decoding)
     n_trials = len(config.scales) + len(config.policies)
     tick = stage("calibration (scale, gate policy)", n_trials)
     points = []
@@ -153,8 +151,8 @@ def choose_threshold(logits: Tensor, buckets: Sequence[Bucket], *, harmful_cost:
 class _Trial:
     """Measures one operating point; what does not depend on it is computed once."""
 
-    def __init__(self, backbone, splits: Splits, targets, store, training, config, label_of: LabelOf, decoding: Decoding):
-        self.backbone, self.label_of, self.k = backbone, label_of, training.top_k
+    def __init__(self, backbone, splits: Splits, targets, store, training, config, labels_of: LabelsOf, decoding: Decoding):
+        self.backbone, self.labels_of, self.k = backbone, labels_of, training.top_k
         self.edit = splits.of(SplitName.CALIBRATION, Bucket.EDIT)[: config.max_edit_prompts]
         self.benign = splits.of(SplitName.CALIBRATION, Bucket.BENIGN_KEEP)
         self.harmful = splits.of(SplitName.CALIBRATION, Bucket.HARMFUL_KEEP)
@@ -169,7 +167,7 @@ class _Trial:
         editing = controller if edit_gate is None else controller.with_policy(edit_gate)
         edited = generate(self.backbone, self.edit, editing, self.decoding)
         harmful = generate(self.backbone, self.harmful, controller, self.decoding, known=[self.base_harmful])
-        labels = [self.label_of(c) for c in edited]
+        labels = self.labels_of(edited)
         log_probs = continuation_log_prob(self.backbone, self.edit, self.targets, editing)
         return OperatingPoint(
             scale=controller.scale,
@@ -179,8 +177,8 @@ class _Trial:
             edit_broken=labels.count(BROKEN),
             edit_harmful=labels.count(HARMFUL),
             n_harmful=len(harmful),
-            harmful_refusals=[self.label_of(c) for c in harmful].count(REFUSAL),
-            base_harmful_refusals=[self.label_of(c) for c in self.base_harmful.values()].count(REFUSAL),
+            harmful_refusals=self.labels_of(harmful).count(REFUSAL),
+            base_harmful_refusals=self.labels_of(list(self.base_harmful.values())).count(REFUSAL),
             n_benign=len(self.benign),
             benign_preservation=self._preservation(self.benign, controller),
             harmful_preservation=self._preservation(self.harmful, controller),

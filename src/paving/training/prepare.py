@@ -18,7 +18,6 @@ from paving.traces.completions import as_completions, base_continuations
 from paving.traces.store import TraceStore
 from paving.traces.targets import (
     EditTarget,
-    base_refused,
     own_targets,
     reference_targets,
     reframe_targets,
@@ -27,6 +26,7 @@ from paving.traces.top_k import TopK
 from paving.training.checkpoint import TrainingError
 from paving.training.config import TrainingConfig
 from paving.training.data import TrainingRows
+from paving.training.verdicts import LabelsOf, base_refused, usable_target
 
 Stage = Callable[[str, int], Callable[[int], None]]  # (what, how many) -> tick
 
@@ -49,7 +49,7 @@ def filter_base_refused(
     backbone: Backbone,
     store: TraceStore,
     splits: Splits,
-    is_refusal: Callable[[Completion], bool],
+    labels_of: LabelsOf,
     *,
     max_new_tokens: int,
     stage: Stage = silent,
@@ -62,7 +62,7 @@ def filter_base_refused(
     continuations = base_continuations(
         backbone, store, edit, max_new_tokens, tick=stage("base answers (refusal filter)", len(edit))
     )
-    refused = base_refused(as_completions(backbone, edit, continuations), is_refusal)
+    refused = base_refused(as_completions(backbone, edit, continuations), labels_of)
     filtered = restrict(splits, lambda p: p.bucket != Bucket.EDIT or p.id in refused, "base refuses (edit prompts)")
     for name in SplitName:
         if splits.of(name, Bucket.EDIT) and not filtered.of(name, Bucket.EDIT):
@@ -79,22 +79,23 @@ def prepare(
     store: TraceStore,
     splits: Splits,
     config: TrainingConfig,
-    is_usable: Callable[[Completion, str], bool],
+    labels_of: LabelsOf,
     *,
     reference: Backbone | None = None,
     stage: Stage = silent,
 ) -> Prepared:
     """Targets and traces for already filtered splits. `reference` answers edit prompts where config.targets asks.
 
-    is_usable(target as a completion, its kind): training edit prompts with an unusable target are dropped, and counted.
-    The edit must not learn to refuse, to loop, or to help harm.
+    Training edit prompts with an unusable target are dropped, and counted: the edit must not learn to refuse, to loop, or
+    to help harm. labels_of: of targets as completions.
     """
     asked = [p for s in (SplitName.TRAIN, SplitName.CALIBRATION) for p in splits.of(s, Bucket.EDIT)]
     targets = edit_targets(backbone, store, asked, config, reference, stage)
+    labels = labels_of([_as_answer(backbone, p, targets[p.id]) for p in asked])
     usable = {
         p.id
-        for p in asked
-        if is_usable(_as_answer(backbone, p, targets[p.id]), targets[p.id].kind) and not repeats(targets[p.id].continuation)
+        for p, label in zip(asked, labels, strict=True)
+        if usable_target(label, targets[p.id].kind) and not repeats(targets[p.id].continuation)
     }
     calibration_edit = splits.of(SplitName.CALIBRATION, Bucket.EDIT)
     splits = drop_from_training(splits, usable)
