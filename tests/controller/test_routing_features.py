@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from paving.backbone.hooks import record_residuals
 from paving.controller import ControllerConfig, Soft
 from paving.controller.residual_paving import boundary_features
+from paving.traces.forward import teacher_forced_logits
 from tiny_models import LATE, ROUTED, batch_of, decode, lively, logits_of, some_prompts
 
 MEAN = ROUTED.model_copy(update={"pooling": "mean"})
@@ -66,6 +67,18 @@ def test_a_prompt_read_in_several_passes_is_decided_as_in_one(backbone, batch, c
             ).logits
     torch.testing.assert_close(parts.decision.logit, whole.decision.logit, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits[:, -1], expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [ROUTED, MEAN, BOTH, LATE, LATE_MEAN], ids=["last", "mean", "both", "late", "late mean"])
+def test_forced_tokens_in_the_same_pass_are_not_part_of_what_the_router_reads(backbone, batch, config):
+    """Preservation and training run prompt and continuation at once; the gate must be that of the prompt."""
+    controller = lively(backbone, config, policy=Soft())
+    with controller.apply(backbone, batch) as alone:
+        logits_of(backbone, batch)
+    for forced in ([[5, 6, 7]], [[90, 91, 92]]):
+        with controller.apply(backbone, batch) as applied, torch.no_grad():
+            teacher_forced_logits(backbone, batch, torch.tensor(forced * len(batch)))
+        torch.testing.assert_close(applied.decision.logit, alone.decision.logit, atol=1e-5, rtol=1e-5)
 
 
 def test_a_router_above_the_edited_layers_reads_the_base_and_not_its_own_edit(backbone, batch):

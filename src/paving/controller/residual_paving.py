@@ -169,8 +169,9 @@ class PavedBatch:
         config = self.controller.config
         mask = _expand(self.batch.attention_mask, resid.shape[0])
         if "mean" in config.pooling:
-            columns = slice(self._pass_start, self._pass_start + resid.shape[1])
-            part = (resid.float() * mask[:, columns, None]).sum(1)
+            # A pass may go on beyond the prompt, over forced tokens; the router reads the prompt alone.
+            prompt = mask[:, self._pass_start : self._pass_start + resid.shape[1], None]
+            part = (resid[:, : prompt.shape[1]].float() * prompt).sum(1)
             self._sums[layer] = self._sums[layer] + part if layer in self._sums else part
         if last >= resid.shape[1]:
             return
