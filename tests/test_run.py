@@ -120,6 +120,26 @@ def test_an_ablation_shares_prompts_scale_and_base_answers_with_its_run(finished
         run_ablation(tmp_path / "unevaluated", "no-contrastive", tmp_path / "x", setting[1])
 
 
+def test_a_damaged_metrics_file_is_mended_by_evaluating_again(finished, setting, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    (folder / "metrics.json").write_text('{"rows": [')
+    with pytest.raises(RunError, match="Evaluate again: paving eval"):
+        runs.report(folder)
+    again = runs.evaluate(folder, setting[1], judge=WordJudge())
+    assert [r.name for r in again.rows] == ["base", "learned", "learned+veto", "oracle"]
+
+
+def test_a_finished_run_asks_no_judge_and_a_second_judge_only_itself(finished, setting, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("paving.run.judge_from", lambda line, **_: asked.append(line) or Lenient())
+    runs.train(setting[0], finished[0], setting[1])
+    assert asked == []
+    shutil.copytree(finished[0], tmp_path / "copy")
+    runs.evaluate(tmp_path / "copy", setting[1], second_judge="hf:rubric=another")
+    assert asked == ["hf:rubric=another"]
+
+
 def test_preservation_looks_at_twelve_tokens_whatever_was_trained(finished, setting, monkeypatch):
     seen = []
     measure = runs.three_way

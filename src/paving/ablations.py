@@ -52,9 +52,8 @@ def run_ablation(full: Path, name: str, folder: Path, means: Means) -> Metrics:
     variant, config = ablation(name), read_config(full)
     if not (full / "metrics.json").exists():
         raise RunError(f"{full} has no metrics.json yet. Evaluate it first: paving eval {full}")
-    n_layers = means.load(config.model, config.dtype).n_layers
-    scale = read_description(full / "controller")["scale"]
-    train(at_scale(variant.change(config, n_layers), scale), folder, means)
+    trained = read_description(full / "controller")
+    train(at_scale(variant.change(config, trained["base"]["n_layers"]), trained["scale"]), folder, means)
     (folder / "completions").mkdir(exist_ok=True)
     for file in ("base.jsonl", "base.key"):  # the key still decides whether they are taken
         if not (folder / "completions" / file).exists():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,17 +71,17 @@ class Means:
 
 def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = None) -> ResidualPaving:
     """Fit, calibrate and save a controller into `folder`; finished stages are taken from there."""
-    judge = judge or means.judge(config.judge)
     split = split_of(config)  # a malformed prompt file is refused before a model is loaded or a folder made
     check_run(config, folder)
     backbone = means.load(config.model, config.dtype)
     config.controller.resolved(backbone)  # and a wrong layer before minutes are spent on traces
     open_run(config, folder)
-    store = means.store()
-    splits = filtered(split, config, backbone, store, folder, judge, means)
     if (folder / "controller" / "controller.json").exists():
         means.say(f"the controller in {folder} is finished; nothing to train")
         return load_controller(folder / "controller", backbone)
+    judge = judge or means.judge(config.judge)
+    store = means.store()
+    splits = filtered(split, config, backbone, store, folder, judge, means)
     reference = None
     if config.targets_from is not None:
         reference = means.load(config.targets_from, config.dtype)
@@ -137,10 +138,9 @@ def evaluate(
     config = read_config(folder)
     if not (folder / "controller" / "controller.json").exists():
         raise RunError(f"{folder} has no finished controller. Train it first: paving train --out {folder} ...")
-    judge = judge or means.judge(config.judge)
-    verdicts_by = judge if second_judge is None else means.judge(second_judge)
-    out = folder if second_judge is None else judge_folder(folder, verdicts_by.name)
     split = split_of(config)
+    verdicts_by = means.judge(second_judge) if second_judge else judge or means.judge(config.judge)
+    out = judge_folder(folder, verdicts_by.name) if second_judge else folder
     backbone = means.load(config.model, config.dtype)
     store = means.store()
     controller = load_controller(folder / "controller", backbone)
@@ -189,11 +189,16 @@ def evaluate(
 def with_earlier_rows(
     folders: Sequence[Path], policies: Sequence[str], mixtures: Sequence[str]
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """With the further rows that an earlier evaluation added: asking for one more must not take away another."""
+    """With the further rows that an earlier evaluation added: asking for one more must not take away another.
+
+    A metrics.json that cannot be read adds none: evaluating again is how it is mended.
+    """
     standard = {"base", "learned", "learned+veto", Oracle().name}
-    files = [f / "metrics.json" for f in folders if (f / "metrics.json").exists()]
-    rows = [r["name"] for file in files for r in json.loads(file.read_text(encoding="utf-8"))["rows"]]
-    earlier = [name for name in rows if name not in standard]
+    earlier = []
+    for path in (f / "metrics.json" for f in folders):
+        with suppress(FileNotFoundError, ValueError):  # absent; damaged, or of another version
+            rows = Metrics.model_validate_json(path.read_text(encoding="utf-8")).rows
+            earlier += [r.name for r in rows if r.name not in standard]
     mixed = [name for name in earlier if name == "uniform" or ":" in name]
     return [*[n for n in earlier if n not in mixed], *policies], [*mixed, *mixtures]
 

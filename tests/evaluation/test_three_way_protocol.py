@@ -13,6 +13,7 @@ from paving.evaluation import three_way as module
 from paving.evaluation.judges import Label, Verdict
 from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, table_rows
 from paving.evaluation.three_way import Protocol, RowSpec, completions_of, judged, three_way
+from paving.evaluation.verdicts import read_verdicts
 from paving.generation import Decoding, load_completions, save_completions
 from paving.intervention import Identity
 from paving.prompts.types import Bucket
@@ -279,6 +280,7 @@ def test_verdicts_of_another_judge_are_not_taken(run, tmp_path):
     other.name = "words-v2"
     judged(path, other, out, quiet)
     assert len(other.asked) == len(load_completions(path))
+    assert {v.judge for v in read_verdicts(tmp_path / "v.jsonl.earlier")} == {"words-v1"}, "kept, not thrown away"
 
 
 def test_a_bucket_without_prompts_is_missing_and_not_zero(backbone, tmp_path):

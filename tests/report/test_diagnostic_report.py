@@ -57,6 +57,13 @@ def test_every_measured_part_is_on_the_page_and_no_other(metrics, found):
     assert not re.search(r">(None|nan)<", source)
 
 
+def test_a_second_judges_page_says_whose_labels_the_diagnostics_are(metrics, found):
+    says = "those of the run's own judge, rules."
+    assert says in page.render(metrics.model_copy(update={"judge": "another"}), diagnostics=found).replace("&#39;", "'")
+    own = page.render(metrics.model_copy(update={"judge": "rules"}), diagnostics=found)
+    assert says not in own.replace("&#39;", "'")
+
+
 @pytest.mark.parametrize(
     "draw, empty",
     [

@@ -103,6 +103,16 @@ def test_seeds_are_pooled_by_prompt_with_every_seeds_figure(make_run):
     assert cell(found, "learned+veto", "Harm Δ").lines[2] == "(-6.7, -13.3)"
 
 
+def test_pooled_intervals_redraw_groups_where_the_run_wrote_them(make_run):
+    folders = [make_run(f"s{i}", GEMMA, seed=i) for i in (0, 1)]
+    alone = cell(reproduce("1", folders), "learned+veto", "Edit ref.").lines
+    for folder in folders:
+        ids = [json.loads(line)["id"] for line in (folder / "verdicts" / "base.jsonl").read_text().splitlines()]
+        (folder / "groups.json").write_text(json.dumps({i: f"group {n // 10}" for n, i in enumerate(ids)}))
+    grouped = cell(reproduce("1", folders), "learned+veto", "Edit ref.").lines
+    assert grouped[0] == alone[0] and grouped[1] != alone[1]
+
+
 def test_pooled_preservation_is_that_of_the_mean_divergence(make_run):
     other = tuple(replace(p, preservation=(0.5, 0.5)) if p is VETOED else p for p in ROWS)
     runs = [make_run("s0", seed=0), make_run("s1", seed=1, rows=other)]

@@ -213,7 +213,8 @@ def judged(completions: Path, judge: Judge, out: Path, stage: Stage) -> list[Lab
         if earlier is not None and earlier.judge == judge.name and earlier.key is not None:
             out.replace(journal_of(out))  # where verdicts are taken from by content, also if the answers have changed
         else:
-            out.unlink()
+            # Another judge's, or without keys: of no use here, but somebody may have paid for them.
+            out.replace(out.with_name(f"{out.name}.earlier"))
     judge_file(completions, judge, out, stage)
     journal_of(out).unlink(missing_ok=True)  # verdicts on answers that are no more
     return [line.label for line in read_verdicts(out)]

@@ -54,6 +54,13 @@ def test_the_conclusion_can_fall_either_way():
     assert "routing is not what limits" in conclusion(corrupted_curve(outcomes(harm=0.0)))
 
 
+def test_refusals_that_rise_with_the_flips_speak_against_the_claim():
+    """Preservation falls by construction, so it alone could not: here every opened keep starts to refuse."""
+    rows = [Outcome(f"h{i}", H, i % 2 == 0, True, 1.0) for i in range(20)]
+    said = conclusion(corrupted_curve(rows))
+    assert "harmful refusal rises from 50.0 to 100.0 %" in said and "fails here" in said and "load-bearing" not in said
+
+
 def test_an_empty_bucket_has_no_figure_rather_than_a_zero():
     points = corrupted_curve([o for o in outcomes() if o.bucket != H], (0.0, 1.0))
     assert points[1].harmful_refusal.mean is None and points[1].harmful_preservation.low is None

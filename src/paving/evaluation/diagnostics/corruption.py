@@ -15,7 +15,7 @@ import numpy as np
 
 from paving.prompts.types import Bucket
 
-REFUSALS_RISE = 0.05  # of harmful keeps: more than chance does on a hundred of them when nothing is lost
+REFUSALS_RISE = 0.05  # share of harmful keeps that opened gates must add in refusals before it counts as a rise
 RATES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
