@@ -194,3 +194,15 @@ def diagnostics(name: str, layers: tuple[int, ...]) -> Diagnostics:
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+GEMMA = RunConfig(model="google/gemma-3-4b-it", controller={"edit_layers": tuple(range(5, 34))})
+OTHER = RunConfig(model="/models/organism")
+
+
+def lines(found, block: int = 0) -> dict:
+    return {line.name: line for line in found.blocks[block].lines}
+
+
+def cell(found, name: str, heading: str, block: int = 0):
+    return lines(found, block)[name].cells[heading]
