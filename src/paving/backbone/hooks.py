@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from paving.backbone.load import Backbone
 
@@ -65,6 +65,44 @@ def record_residuals(
         for layer in layers:
             handles.append(backbone.layers[layer].register_forward_hook(hook_for(layer)))
         yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def edit_module_inputs(edits: Mapping[nn.Module, Edit]) -> Iterator[None]:
+    """While open, the first positional input x of each module becomes edits[module](x), or stays where that is None."""
+
+    def hook_for(edit: Edit):
+        def hook(_module, inputs):
+            edited = edit(inputs[0])
+            return None if edited is None else (edited, *inputs[1:])
+
+        return hook
+
+    handles = []
+    try:
+        for module, edit in edits.items():
+            handles.append(module.register_forward_pre_hook(hook_for(edit)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def edit_module_outputs(edits: Mapping[nn.Module, Callable[[Tensor, Tensor], Tensor | None]]) -> Iterator[None]:
+    """While open, the output y of each module becomes edits[module](x, y), or stays where that is None; x: its input."""
+
+    def hook_for(edit: Callable[[Tensor, Tensor], Tensor | None]):
+        return lambda _module, inputs, output: edit(inputs[0], output)
+
+    handles = []
+    try:
+        for module, edit in edits.items():
+            handles.append(module.register_forward_hook(hook_for(edit)))
+        yield
     finally:
         for handle in handles:
             handle.remove()
