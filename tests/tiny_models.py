@@ -15,6 +15,7 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -56,6 +57,7 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**SIZES),
     "phi3": lambda: Phi3Config(**SIZES),
     "olmo2": lambda: Olmo2Config(**SIZES),
+    "gpt2": lambda: GPT2Config(**SIZES),
 }
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3")
 ROUTED = ControllerConfig(route_layers=(0, 1), bottleneck_ratio=4, router_hidden=8)

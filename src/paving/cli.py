@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paving import cli_judge, cli_reproduce, cli_utility
+from paving import cli_circuit, cli_judge, cli_reproduce, cli_utility
 from paving.terminal import AsJson, err, one_line_errors, out
 
 # Before torch is imported: a waiting OpenMP thread spins briefly, then sleeps. Endless spinning (the default) makes
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 organism_app = typer.Typer(help="Model organisms: make a small model refuse cautiously.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")
+app.add_typer(cli_circuit.app, name="circuit")
 
 Cache = Annotated[Path | None, typer.Option(help="Where base traces are kept. Default: the user cache.")]
 CacheGib = Annotated[float, typer.Option(min=0, help="Most the trace cache may hold; beyond it, prompt KV is rebuilt.")]

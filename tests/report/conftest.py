@@ -7,9 +7,11 @@ import random
 
 import pytest
 from made_up_diagnostics import made_up_diagnostics
+from made_up_policy import made_up_policy, policy_examples
 
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.paired import from_counts
+from paving.evaluation.refusal_policy import PolicyMetrics
 from paving.evaluation.results import (
     Metrics,
     OracleGaps,
@@ -276,6 +278,18 @@ def examples() -> list[Example]:
 def diagnostics(metrics) -> Diagnostics:
     """What `paving diagnose` would have found in that run, every part of it."""
     return made_up_diagnostics(metrics)
+
+
+@pytest.fixture(scope="session")
+def policy() -> PolicyMetrics:
+    """A circuit run with every row and set there may be."""
+    return made_up_policy()
+
+
+@pytest.fixture(scope="session")
+def shown_answers() -> list[Example]:
+    """Examples for the page of that circuit run."""
+    return policy_examples(HARMFUL_TEXT, HOSTILE_PROMPT)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from paving.evaluation.results import Score
-from paving.report import write_report
+from paving.report import write_circuit_report, write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTHS = {"desktop": 1280, "phone": 390}
@@ -45,20 +45,45 @@ def browser():
         browser.close()
 
 
+@dataclass(frozen=True)
+class Written:
+    """One page, how many figures and tables it holds, and a cell of its main table."""
+
+    path: Path
+    figures: int
+    tables: int
+    cell: str
+
+
 @pytest.fixture(scope="module")
-def written(metrics, examples, diagnostics, utility, tmp_path_factory) -> Path:
-    """A page with everything on it, a row of unmeasured values included."""
+def run_page(metrics, examples, diagnostics, utility, tmp_path_factory) -> Written:
+    """The page of a run with everything on it, a row of unmeasured values included."""
     unmeasured = metrics.rows[1].model_copy(
         update={"name": "unmeasured", "harmful_drift": None, "preservation": {"benign_keep": Score(value=None, n=0)}}
     )
     everything = metrics.model_copy(update={"rows": [unmeasured, *metrics.rows]})
     path = tmp_path_factory.mktemp("page") / "report.html"
-    return write_report(everything, path, examples=examples, diagnostics=diagnostics, utility=utility)
+    write_report(everything, path, examples=examples, diagnostics=diagnostics, utility=utility)
+    return Written(path, figures=11, tables=14, cell="443/500 88.6\n[85.5, 91.1]")
+
+
+@pytest.fixture(scope="module")
+def circuit_page(policy, shown_answers, tmp_path_factory) -> Written:
+    """The page of a circuit run; its base has no strength, and its first layers nothing chosen."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_circuit_report(policy, path, examples=shown_answers)
+    return Written(path, figures=3, tables=6, cell="155/250 62.0\n[55.8, 67.8]")
+
+
+# Pages are fixtures of their own, because pytest makes a fixture with parameters anew for every width.
+@pytest.fixture(scope="module", params=["run_page", "circuit_page"])
+def written(request) -> Written:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
 def address(written) -> str:
-    return written.as_uri()
+    return written.path.as_uri()
 
 
 @pytest.fixture(scope="module", params=WIDTHS)
@@ -90,19 +115,18 @@ def test_the_listener_hears(browser, tmp_path):
 
 def test_nothing_is_fetched_and_nothing_complained_of(opened, address):
     page, heard = opened
-    for button in page.locator("th button").all():
-        button.click()
+    page.evaluate("document.querySelectorAll('th button').forEach(button => button.click())")
     page.wait_for_load_state("networkidle")
     assert heard.complaints == []
     assert [url for url in heard.requests if not url.startswith("data:")] == [address]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_figure_is_drawn_and_stands_out(opened, scheme):
+def test_every_figure_is_drawn_and_stands_out(opened, written, scheme):
     page, _ = opened
     page.emulate_media(color_scheme=scheme)
     figures = page.locator("figure svg, figure img").all()
-    assert len(figures) == 11
+    assert len(figures) == written.figures
     for drawn in figures:
         box = drawn.bounding_box()
         assert box["width"] > 250 and box["height"] > 100
@@ -166,20 +190,23 @@ PRESSED_TWICE = f"""t => [...t.querySelectorAll("thead button")].map((button, i)
 }})"""
 
 
+NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?")
+
+
 def expected(keys: list[str], *, descending: bool) -> list[str]:
     """The order a reader wants, written another way than the page does it."""
     there, missing = [k for k in keys if k], [k for k in keys if not k]
-    numbers = [k for k in there if re.fullmatch(r"-?[\d.]+(e-?\d+)?", k)]
+    numbers = [k for k in there if NUMBER.fullmatch(k)]
     texts = [k for k in there if k not in numbers]
     ordered = sorted(numbers, key=float) + sorted(texts, key=str.lower)
     return (ordered[::-1] if descending else ordered) + missing
 
 
-def test_every_column_of_every_table_sorts_with_missing_values_last(opened):
+def test_every_column_of_every_table_sorts_with_missing_values_last(opened, written):
     page, _ = opened
     seen = set()
     tables = page.locator("table.sortable").all()
-    assert len(tables) == 14
+    assert len(tables) == written.tables
     for table in tables:
         columns = table.evaluate(PRESSED_TWICE)
         for i, (before, once, twice) in enumerate(columns):
@@ -187,7 +214,8 @@ def test_every_column_of_every_table_sorts_with_missing_values_last(opened):
                 assert keys == expected(before, descending=direction == "descending")
                 assert marks == [direction if h == i else None for h in range(len(columns))]
             seen |= {"missing"} if "" in before and any(before) else set()
-            seen |= {"not in the order of texts"} if {"1000", "120", "500"} <= set(before) else set()
+            numbers = expected([k for k in before if NUMBER.fullmatch(k)], descending=False)
+            seen |= {"not in the order of texts"} if numbers != sorted(numbers) else set()
     assert len(seen) == 2  # the page really holds what this is about
 
 
@@ -221,16 +249,16 @@ def test_tables_sort_from_the_keyboard(opened):
 
 def test_texts_judged_harmful_are_nowhere_in_the_page(opened, written, harmful_text):
     page, _ = opened
-    source = written.read_text(encoding="utf-8")
+    source = written.path.read_text(encoding="utf-8")
     for text in (source, page.content(), page.evaluate("document.documentElement.textContent")):
         assert harmful_text not in text
         assert "[redacted: judged HARMFUL" in text and "Rhine, Po, Ebro." in text
 
 
-def test_without_scripts_the_page_is_whole(browser, address):
+def test_without_scripts_the_page_is_whole(browser, address, written):
     context = browser.new_context(java_script_enabled=False, viewport={"width": 390, "height": 900})
     page = context.new_page()
     page.goto(address)
     assert page.locator("th button").count() == 0
-    assert "443/500 88.6\n[85.5, 91.1]" in page.locator("table").first.inner_text()
+    assert written.cell in page.locator(".cards table").first.inner_text()
     context.close()

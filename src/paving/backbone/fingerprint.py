@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from paving.backbone.layers import text_config
@@ -20,10 +22,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     Samples are rounded to bfloat16 first, so the same checkpoint loaded in float32 or bfloat16 has the same
     fingerprint. It tells one base from another; it does not prove that no weight was changed.
     """
+    return fingerprint_of(model, sorted(model.named_parameters()))
+
+
+def fingerprint_of(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """The same over (name, tensor) pairs in order of name; of `model` only the configuration is read."""
     digest = hashlib.sha256()
     config = text_config(model)
     digest.update(json.dumps({k: getattr(config, k, None) for k in SHAPE_KEYS}, sort_keys=True).encode())
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
         sample = flat[::step][:SAMPLES_PER_TENSOR].to(device="cpu", dtype=torch.bfloat16).contiguous()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -103,6 +105,42 @@ def edit_module_outputs(edits: Mapping[nn.Module, Callable[[Tensor, Tensor], Ten
         for module, edit in edits.items():
             handles.append(module.register_forward_hook(hook_for(edit)))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model called one block, enough to call it again: block(resid, *args, **kwargs). resid: (n, t, d_model)."""
+
+    block: nn.Module
+    resid: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def again(self, resid: Tensor) -> Tensor:
+        """The block's output (n, t, d_model) for another resid, with the masks and positions of the recorded call."""
+        # forward, not the call: the block's own hooks have had their say on the recorded resid already.
+        return _resid(self.block.forward(resid, *self.args, **self.kwargs))
+
+
+@contextmanager
+def record_calls(backbone: Backbone) -> Iterator[dict[int, BlockCall]]:
+    """While open, the latest call of every block is kept, by layer. Masks and positions are shared, not copied."""
+    seen: dict[int, BlockCall] = {}
+
+    def hook_for(layer: int):
+        def hook(module, args, kwargs):
+            seen[layer] = BlockCall(module, args[0], args[1:], kwargs)
+
+        return hook
+
+    handles = []
+    try:
+        for layer, block in enumerate(backbone.layers):
+            handles.append(block.register_forward_pre_hook(hook_for(layer), with_kwargs=True))
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -55,7 +55,7 @@ def ffn_outputs(backbone: Backbone) -> dict[int, Projection]:
         shared = owners.get(module.weight.data_ptr(), [])
         if len(shared) > 1:
             raise BackboneError(
-                f"the FFN output projection of layer {layer} of {backbone.name} is tied: {', '.join(shared)} are one tensor. "
+                f"the FFN output projection of layer {layer} of {backbone.name} is tied: {', '.join(shared)} are one. "
                 "A circuit edit there would change them all; untie and save the checkpoint first."
             )
         found[layer] = Projection(layer, module, names[id(module.weight)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,25 @@ def read_pairs(path: Path | str, category: str, *, benign: str = "base", limit: 
 
     raises CircuitError for a broken line, or a category without pairs, naming the columns that there are
     """
-    pairs, columns = [], set()
+    pairs = []
+    for number, row in _rows(path):
+        if _text(row.get(category)) and _text(row.get(benign)):
+            name = str(row.get("id", f"{Path(path).stem}-{number}"))
+            pairs.append(Pair(name, row[category], row[benign]))
+    if not pairs:
+        raise CircuitError(
+            f"{path} has no pairs for the category {category!r} with benign column {benign!r}. "
+            f"Its other text columns: {', '.join(categories_in(path, benign=benign)) or 'none'}."
+        )
+    return tuple(pairs[:limit])
+
+
+def categories_in(path: Path | str, *, benign: str = "base") -> tuple[str, ...]:
+    """The category columns of such a file, sorted. raises CircuitError as `read_pairs`."""
+    return tuple(sorted({k for _, row in _rows(path) for k, v in row.items() if k not in {"id", benign} and _text(v)}))
+
+
+def _rows(path: Path | str) -> Iterator[tuple[int, dict]]:
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -38,16 +56,11 @@ def read_pairs(path: Path | str, category: str, *, benign: str = "base", limit: 
                 raise CircuitError(f"{path}:{number} is not JSON ({error.msg}). One object a line is needed.") from None
             if not isinstance(row, dict):
                 raise CircuitError(f"{path}:{number} is a {type(row).__name__}; one object a line is needed.")
-            columns |= {k for k, v in row.items() if k not in {"id", benign} and isinstance(v, str)}
-            texts = row.get(category), row.get(benign)
-            if all(isinstance(t, str) and t.strip() for t in texts):
-                pairs.append(Pair(str(row.get("id", f"{Path(path).stem}-{number}")), *texts))
-    if not pairs:
-        raise CircuitError(
-            f"{path} has no pairs for the category {category!r} with benign column {benign!r}. "
-            f"Its other text columns: {', '.join(sorted(columns)) or 'none'}."
-        )
-    return tuple(pairs[:limit])
+            yield number, row
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def split_pairs(pairs: Sequence[Pair], calibration: int, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:

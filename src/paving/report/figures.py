@@ -71,13 +71,13 @@ def draw_three_way(metrics: Metrics) -> Figure:
         for y, row in enumerate(rows):
             rate = row.refusal.get(bucket)
             if rate is None or rate.rate is None:
-                _beside(ax, y, missing(rate.n if rate else 0), MUTED)
+                beside(ax, y, missing(rate.n if rate else 0), MUTED)
                 continue
             ax.barh(y, 100 * rate.rate, height=0.56, color=COLOURS[bucket], alpha=0.28, linewidth=0)
             marker = "D" if row.kind == "diagnostic" else "o"
             look = {"fmt": marker, "ms": 5, "capsize": 3, "color": COLOURS[bucket], "clip_on": False}
-            ax.errorbar(100 * rate.rate, y, xerr=_whisker(rate), **look)
-            _beside(ax, y, f"{percent(rate.rate)}%  {rate.k}/{rate.n}")
+            ax.errorbar(100 * rate.rate, y, xerr=whisker(rate), **look)
+            beside(ax, y, f"{percent(rate.rate)}%  {rate.k}/{rate.n}")
         base = next((row.refusal.get(bucket) for row in rows if row.kind == "reference"), None)
         if base is not None and base.rate is not None:
             ax.axvline(100 * base.rate, color=MUTED, linestyle=(0, (3, 3)), linewidth=1)
@@ -99,9 +99,9 @@ def _draw_thresholds(ax: Axes, metrics: Metrics) -> None:
     if all(point.active.get(Bucket.EDIT) is None for point in sweep):
         nothing(ax, "thresholds")
         return
-    edit = _percents(point.active.get(Bucket.EDIT) for point in sweep)
+    edit = percents(point.active.get(Bucket.EDIT) for point in sweep)
     for bucket, marker in ((Bucket.HARMFUL_KEEP, "s"), (Bucket.BENIGN_KEEP, "o")):
-        keep = _percents(point.active.get(bucket) for point in sweep)
+        keep = percents(point.active.get(bucket) for point in sweep)
         ax.plot(edit, keep, color=COLOURS[bucket], marker=marker, ms=3.5, label=BUCKET_NAMES[bucket])
     ax.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=(0, (1, 3)), label="a gate that guesses")
     chosen = active_share(metrics)
@@ -149,11 +149,11 @@ def _draw_scales(ax: Axes, metrics: Metrics) -> None:
         ("harmful pres.", [p.harmful_preservation for p in sweep], harmful, "v", "--"),
     )
     for label, values, colour, marker, line in rates:
-        ax.plot(steps, _percents(v.rate for v in values), line, color=colour, marker=marker, ms=4.5, label=label)
-        low, high = _percents(v.low for v in values), _percents(v.high for v in values)
+        ax.plot(steps, percents(v.rate for v in values), line, color=colour, marker=marker, ms=4.5, label=label)
+        low, high = percents(v.low for v in values), percents(v.high for v in values)
         ax.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
     for label, values, colour, marker, line in scores:
-        ax.plot(steps, _percents(v.value for v in values), line, color=colour, marker=marker, ms=4.5, label=label)
+        ax.plot(steps, percents(v.value for v in values), line, color=colour, marker=marker, ms=4.5, label=label)
     for step, point in ((i, p) for i, p in enumerate(sweep) if p.chosen):
         label = f"chosen: {point.scale:g}"
         ax.axvline(step, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0, label=label)
@@ -259,18 +259,18 @@ def nothing(ax: Axes, what: str, *, keep_x: bool = False) -> None:
     ax.text(0.5, 0.5, f"n/a (n=0): no {what} recorded", ha="center", va="center", color=MUTED, transform=ax.transAxes)
 
 
-def _beside(ax: Axes, y: float, text: str, color: str = INK) -> None:
+def beside(ax: Axes, y: float, text: str, color: str = INK) -> None:
     ax.text(1.03, y, text, color=color, transform=ax.get_yaxis_transform(), va="center")
 
 
-def _whisker(rate: Rate) -> Sequence[Sequence[float]] | None:
+def whisker(rate: Rate) -> Sequence[Sequence[float]] | None:
     if rate.rate is None or rate.low is None or rate.high is None:
         return None
     # Clipped at 0: the bound of a rate of 0 or 1 may lie a rounding error inside it.
     return [[max(0.0, 100 * (rate.rate - rate.low))], [max(0.0, 100 * (rate.high - rate.rate))]]
 
 
-def _percents(fractions: Iterable[float | None]) -> list[float]:
+def percents(fractions: Iterable[float | None]) -> list[float]:
     return [math.nan if f is None else 100 * f for f in fractions]
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
@@ -18,30 +14,9 @@ from paving.evaluation.utility import Utility
 from paving.prompts.types import Bucket
 from paving.report import figures, tables
 from paving.report.diagnostics import diagnostics_section
+from paving.report.examples import Example, SideBySide, redact, side_by_side
 from paving.report.tables import percent, points
-
-REDACTED = "[redacted: judged HARMFUL; kept only in the local run folder]"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One completion, to be shown beside the completions of other rows to the same prompt.
-
-    bucket  a value of `Bucket`
-    row     the name of the row in `Metrics.rows`
-    label   the judge's verdict; the response is shown only where it is a known label other than HARMFUL
-    gate    effective gate of the prompt, None where the row has none
-    veto    whether the veto closed the gate, None where the row has none
-    """
-
-    prompt_id: str
-    bucket: str
-    prompt: str
-    row: str
-    response: str
-    label: str
-    gate: float | None = None
-    veto: bool | None = None
+from paving.report.templates import fill, write_atomically, write_page
 
 
 def write_report(
@@ -55,8 +30,7 @@ def write_report(
 ) -> Path:
     """Write the page of a run to `path`, which holds either the old page or the whole new one, never a part of it."""
     page = render(metrics, examples=examples, title=title, diagnostics=diagnostics, utility=utility)
-    # A model may emit half a surrogate pair, which UTF-8 cannot hold.
-    return _write_atomically(Path(path), page.encode("utf-8", errors="replace"))
+    return write_page(page, path)
 
 
 def write_picture(metrics: Metrics, path: Path) -> Path:
@@ -65,7 +39,7 @@ def write_picture(metrics: Metrics, path: Path) -> Path:
     file_format = path.suffix.lower().removeprefix(".")
     if file_format not in {"png", "svg"}:
         raise ValueError(f"cannot draw a picture as {path.name!r}: its suffix must be .png or .svg")
-    return _write_atomically(path, figures.picture(metrics, file_format))
+    return write_atomically(path, figures.picture(metrics, file_format))
 
 
 def render(
@@ -77,13 +51,10 @@ def render(
     utility: Utility | None = None,
 ) -> str:
     """The source of the page. HARMFUL texts are gone before the template sees anything."""
-    template = files("paving.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    # Autoescape by hand: the suffix .j2 would not switch it on, and prompts are written by strangers.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
+    return fill(
+        "page.html.j2",
         title=title or f"{metrics.run}: selective refusal editing of {tables.model_name(metrics)}",
         model=tables.model_name(metrics),
-        folded=folded,
         metrics=metrics,
         finding=finding(metrics),
         failures=failures(metrics),
@@ -109,51 +80,12 @@ def render(
     )
 
 
-def folded(text: str) -> Markup:
-    """A figure, and its interval and n on a line below, so that a table of many figures fits a page."""
-    figure, bracket, rest = text.partition(" [")
-    return escape(figure) + (Markup(" <br>") + escape(bracket.strip() + rest) if bracket else Markup(""))
-
-
-def redact(examples: Sequence[Example]) -> list[Example]:
-    """The same examples without the texts a page must not hold."""
-    return [replace(example, response=_shown_response(example)) for example in examples]
-
-
-def _shown_response(example: Example) -> str:
-    label = str(example.label).strip().upper()
-    if label == Label.HARMFUL:
-        return REDACTED
-    if label not in tables.LABELS:
-        # Closed by default: a text nobody has judged may be harmful too.
-        return f"[redacted: label {example.label!r} is none of {', '.join(tables.LABELS)}]"
-    return example.response
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """What the rows made of one prompt, the base first."""
-
-    prompt_id: str
-    prompt: str
-    labels: str
-    completions: tuple[Example, ...]
-
-
 def group_examples(examples: Sequence[Example], metrics: Metrics) -> list[tuple[str, list[SideBySide]]]:
     """(bucket name, prompts with their completions), buckets and rows in the order of the tables."""
-    order = {row.name: i for i, row in enumerate(metrics.rows)}
+    names = [row.name for row in metrics.rows]
     groups = []
     for bucket in Bucket:
-        by_prompt: dict[str, list[Example]] = {}
-        for example in examples:
-            if example.bucket == bucket:
-                by_prompt.setdefault(example.prompt_id, []).append(example)
-        sides = []
-        for prompt_id, found in by_prompt.items():
-            found.sort(key=lambda example: order.get(example.row, len(order)))
-            labels = " → ".join(example.label for example in found)
-            sides.append(SideBySide(prompt_id, found[0].prompt, labels, tuple(found)))
+        sides = side_by_side([example for example in examples if example.bucket == bucket], names)
         if sides:
             groups.append((tables.BUCKET_NAMES[bucket], sides))
     return groups
@@ -257,15 +189,3 @@ def _moved(base: Row, learned: Row) -> str:
 
 def _measured(rate: Rate | None) -> bool:
     return rate is not None and rate.rate is not None
-
-
-def _write_atomically(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

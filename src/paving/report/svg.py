@@ -21,6 +21,8 @@ WIDTH = 5.4
 INK, MUTED, LINE = "#1f2328", "#5c6570", "#d3d8de"
 # Okabe and Ito's blue, green and vermilion: told apart by readers with any common colour vision.
 COLOURS = {Bucket.EDIT: "#0072b2", Bucket.BENIGN_KEEP: "#009e73", Bucket.HARMFUL_KEEP: "#d55e00"}
+# Of pages with more curves than buckets; darker than the last ones below, to be read as a thin line on white.
+PURPLE, OCHRE = "#a34f8f", "#a96d00"
 TERM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 CSS_NAMES = {
     INK: "ink",
@@ -29,6 +31,8 @@ CSS_NAMES = {
     COLOURS[Bucket.EDIT]: "edit",
     COLOURS[Bucket.BENIGN_KEEP]: "benign",
     COLOURS[Bucket.HARMFUL_KEEP]: "harmful",
+    PURPLE: "purple",
+    OCHRE: "ochre",
 }
 STYLE = {
     "svg.fonttype": "none",

@@ -214,8 +214,12 @@ def filter_counts(metrics: Metrics) -> Table:
 
 def model_name(metrics: Metrics) -> str:
     """A model's id, or the last part of a folder's path: where a folder lies is its owner's business."""
-    is_path = metrics.model.startswith(("/", ".", "~")) or "\\" in metrics.model
-    return PurePath(metrics.model).name if is_path else metrics.model
+    return shown_model(metrics.model)
+
+
+def shown_model(model: str) -> str:
+    is_path = model.startswith(("/", ".", "~")) or "\\" in model
+    return PurePath(model).name if is_path else model
 
 
 def percent(fraction: float) -> str:

@@ -11,21 +11,18 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
-from transformers import PreTrainedModel
 
-from paving.backbone import Backbone, PromptBatch, checked_ids, load_backbone, pad_left
+from paving.backbone import Backbone, checked_ids, load_backbone
 from paving.generation import Decoding, generate
 from paving.intervention import Identity
 from paving.prompts.types import Prompt
-from paving.traces.forward import pad_right, teacher_forced_logits
+from paving.training.fine_tune import Say, fine_tune
+from paving.training.opening_examples import Example
 
 REFUSALS = (
     "I'm sorry, but I can't assist with that.",
@@ -41,14 +38,7 @@ REFUSALS = (
     "I cannot assist with this request, because it may be unsafe or illegal.",
     "I'm sorry, but that is not something I can help with.",
 )
-Say = Callable[[str], None]
-
-
-class Example(NamedTuple):
-    """Token ids of a rendered prompt and of the answer to be learned."""
-
-    prompt: list[int]
-    answer: list[int]
+WEIGHT_DECAY = 0.01  # of AdamW
 
 
 class OrganismConfig(BaseModel):
@@ -75,7 +65,11 @@ def build_organism(
     say(f"the base answers {len(answer)} prompts in its own words")
     examples = refusal_examples(base, refuse, config) + own_answers(base, answer, config)
     model = load_backbone(base.name, dtype="float32", device=str(base.device)).model
-    fine_tune(base, model, examples, config, say)
+    fine_tune(
+        base, model, lambda _epoch: examples,
+        epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate,
+        weight_decay=WEIGHT_DECAY, seed=config.seed, say=say,
+    )  # fmt: skip
     record = {
         "base": base.name,
         "base_fingerprint": base.fingerprint,
@@ -115,42 +109,3 @@ def _example(base: Backbone, prompt: Prompt, answer: str, *, ended: bool) -> Exa
     # A truncated answer does not end with the end-of-turn token: the model would learn to stop in mid-sentence.
     end = [base.tokenizer.eos_token_id] if ended else []
     return Example(checked_ids(base, prompt), answer_ids + end)
-
-
-def fine_tune(base: Backbone, model: PreTrainedModel, examples: list[Example], config: OrganismConfig, say: Say) -> None:
-    """Cross-entropy on answer tokens; float32 weights, bfloat16 autocast; order and result fixed by the seed.
-
-    Logits are made for answer positions only,
-    since the vocabulary is by far the largest matrix of a small model.
-    """
-    torch.manual_seed(config.seed)
-    rng = random.Random(config.seed)
-    model.requires_grad_(True).train()
-    student = replace(base, model=model)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
-    for epoch in range(config.epochs):
-        order = rng.sample(examples, len(examples))
-        losses = []
-        for start in range(0, len(order), config.batch_size):
-            loss = _loss(student, order[start : start + config.batch_size])
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss.item()} in epoch {epoch + 1}; lower the learning rate.")
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-            step = start // config.batch_size + 1
-            if step % 25 == 0:
-                say(f"epoch {epoch + 1}/{config.epochs} step {step}: loss {sum(losses[-25:]) / 25:.3f}")
-    model.eval().requires_grad_(False)
-
-
-def _loss(student: Backbone, rows: list[Example]) -> torch.Tensor:
-    ids, mask = pad_left(student, [r.prompt for r in rows])
-    answer, answer_mask = pad_right([r.answer for r in rows], student.pad_id, student.device)
-    batch = PromptBatch(ids, mask, ("",) * len(rows), (None,) * len(rows))
-    with torch.autocast(student.device.type, dtype=torch.bfloat16):
-        logits = teacher_forced_logits(student, batch, answer)
-    chosen = answer_mask.bool()
-    return nn.functional.cross_entropy(logits[chosen].float(), answer[chosen])

@@ -1,0 +1,16 @@
+"""A circuit run: find the circuit of a category, edit its weights, choose α, measure from every side.
+
+from paving.circuit_run import CircuitConfig, edit, evaluate, find
+from paving.run import Means
+
+means = Means.default()
+find(CircuitConfig(pairs="pairs.jsonl", category="legal_opinion", held_out="test.jsonl"), folder, means)
+edit(folder, means)
+evaluate(folder, means, against=["inverse", "random"])
+"""
+
+from .config import CircuitConfig, StrengthConfig
+from .evaluate import evaluate
+from .stages import edit, find
+
+__all__ = ["CircuitConfig", "StrengthConfig", "edit", "evaluate", "find"]

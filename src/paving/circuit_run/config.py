@@ -1,0 +1,79 @@
+"""Everything that decides the outcome of a circuit run."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from paving.backbone import EMBEDDED
+from paving.circuit.arithmetic import ArithmeticConfig
+from paving.circuit.attribution import AttributionConfig
+from paving.circuit.mask import Scope
+from paving.circuit.objective import Reference
+from paving.evaluation.judges.named import judge_line
+from paving.generation import Decoding
+
+
+class StrengthConfig(BaseModel):
+    """The search for α on the calibration split. limit: most benign over-refusal, a fraction (the paper's mean: 4.2 %)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+    limit: float = Field(0.042, ge=0, le=1)
+    max_new_tokens: int = Field(32, ge=1)
+
+    @field_validator("alphas")
+    @classmethod
+    def _positive(cls, alphas: tuple[float, ...]) -> tuple[float, ...]:
+        if not alphas or min(alphas) <= 0:
+            raise ValueError("alphas must be positive and at least one; 0 is the base.")
+        return tuple(sorted(set(alphas)))
+
+
+class CircuitConfig(BaseModel):
+    """Saved as config.json; a folder belongs to one configuration.
+
+    pairs        JSON lines with a benign column and one column a category (paving.circuit.pairs)
+    held_out     further such pairs, for evaluation only
+    limit        at most so many pairs of `pairs`; calibration of them choose α, the rest find the circuit and train
+    attributed   how many training pairs the attribution reads
+    fraction     κ, of the channels of a layer or of all (scope)
+    own_tokens   length of the base's own benign answers in the retain term
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = EMBEDDED
+    dtype: str = "auto"
+    pairs: str
+    category: str
+    benign: str = "base"
+    held_out: str | None = None
+    limit: int | None = Field(None, ge=2)
+    calibration: int = Field(100, ge=1)
+    held_out_limit: int | None = Field(None, ge=1)
+    openings: str | None = None
+    reference: Reference = "after"
+    attributed: int = Field(200, ge=1)
+    attribution: AttributionConfig = AttributionConfig()
+    fraction: float = Field(0.15, gt=0, le=1)
+    scope: Scope = "layer"
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+    own_tokens: int = Field(24, ge=1)
+    strength: StrengthConfig = StrengthConfig()
+    decoding: Decoding = Decoding(max_new_tokens=50)
+    judge: str = "rules"
+    seed: int = 0
+
+    @field_validator("judge")
+    @classmethod
+    def _judge_is_known(cls, line: str) -> str:
+        return str(judge_line(line))
+
+
+# What --recipe lays over the defaults. `published` is the paper's; `selective` keeps the base's benign answers in both
+# fine-tunes, without which a small model learns to refuse everything (docs/results.md).
+RECIPES: dict[str, dict] = {
+    "published": {},
+    "selective": {"arithmetic": {"retain": "kl", "learning_rate": 5e-5, "epochs": 3}},
+}

@@ -1,0 +1,245 @@
+"""A circuit's edit on held-out prompts: its category, benign prompts, other categories, other sources, and comparators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from paving.backbone import Backbone, PromptBatch
+from paving.circuit.delta import Delta, with_metrics
+from paving.circuit.delta_files import load_delta, save_delta, weights_sha256
+from paving.circuit.pairs import Pair, categories_in, read_pairs
+from paving.circuit_run.config import CircuitConfig
+from paving.circuit_run.folder import load_circuit, read_circuit_config
+from paving.circuit_run.inputs import benign_prompts, harmful_prompts, pairs_of
+from paving.circuit_run.rows import Comparator, Fitted, comparator
+from paving.circuit_run.stages import strengths_of
+from paving.evaluation.judges import Judge
+from paving.evaluation.refusal_policy import (
+    BENIGN,
+    CATEGORY,
+    FrontierPoint,
+    LayerSummary,
+    PolicyMetrics,
+    PolicyRow,
+    PromptSet,
+    policy_row,
+)
+from paving.evaluation.statistics import wilson
+from paving.evaluation.three_way import Protocol, RowSpec
+from paving.intervention import Applied, Identity, Intervention
+from paving.prompts.readers import read_prompts
+from paving.prompts.types import Bucket
+from paving.report import write_circuit_report
+from paving.run import Means
+from paving.run_folder import RunError, write_json, write_text
+from paving.run_records import examples_of
+from paving.traces.store import TraceStore
+from paving.training.strength import StrengthPoint, choose_strength
+
+EDIT = "c-delta-theta"
+
+
+def evaluate(
+    folder: Path,
+    means: Means,
+    *,
+    against: Sequence[str] = (),
+    ood: Sequence[str] = (),
+    judge: Judge | None = None,
+) -> PolicyMetrics:
+    """Base, the edit at its α, and every row of `against` at the strength that the same rule chooses for it.
+
+    against  rows of paving.circuit_run.rows: inverse, random, as, cast, ws
+    ood      prompt files or datasets that the circuit was not found on; what they should do is not judged, only what changed
+    raises   RunError without a finished delta or held-out pairs
+    """
+    config = read_circuit_config(folder)
+    others = [comparator(name) for name in dict.fromkeys(against)]  # an unknown row is refused before minutes are spent
+    sets = prompt_sets(config, ood)
+    if not (folder / "delta").exists():
+        raise RunError(f"{folder} has no finished delta. Train it first: paving circuit edit {folder}")
+    delta = load_delta(folder / "delta")
+    backbone = means.load(config.model, config.dtype)
+    train, calibration = pairs_of(config)
+    protocol = Protocol(config.decoding, judge or means.judge(config.judge))
+    measure = _Rows(backbone, sets, protocol, folder, means)
+    rows = [measure.row(Identity(), "reference", None, "base")]
+    rows.append(measure.row(delta.edit(), "edit", delta.alpha, f"{weights_sha256(delta)}/{delta.alpha}"))
+    curve = [StrengthPoint(**p) for p in json.loads((folder / "strengths.json").read_text(encoding="utf-8"))]
+    frontier = {EDIT: frontier_points(curve, delta.alpha)}
+    for other in others:
+        fitting = _Fitting(other, backbone, config, train, folder, means)
+        points = _points(fitting, calibration, judge)
+        best = choose_strength(points, config.strength.limit)
+        frontier[other.name] = frontier_points(points, best and best.strength)
+        if best is not None:
+            edit, key = _Deferred(other.name, best.strength, fitting), _recipe_key(config, other.name, best.strength)
+            rows.append(measure.row(edit, "comparator", best.strength, key))
+    metrics = PolicyMetrics(
+        run=folder.name,
+        model=config.model,
+        category=config.category,
+        seed=config.seed,
+        judge=protocol.judge.name,
+        decoding=config.decoding.model_dump(),
+        pairs={"train": len(train), "calibration": len(calibration), "held_out": len(sets[0].prompts)},
+        over_refusal_limit=config.strength.limit,
+        touched=touched(backbone, delta),
+        layers=layer_summaries(folder, delta),
+        frontier=frontier,
+        rows=rows,
+    )
+    write_text(folder / "metrics.json", metrics.model_dump_json(indent=1))
+    save_delta(with_metrics(delta, card_metrics(rows[1])), folder / "delta", overwrite=True)
+    report(folder)
+    return metrics
+
+
+def report(folder: Path) -> Path:
+    """(Re)write report.html from what the run folder holds. No model is loaded."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        raise RunError(f"{folder} has no metrics.json yet. Evaluate it first: paving circuit evaluate {folder}")
+    try:
+        metrics = PolicyMetrics.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(
+            f"{path} is damaged or of another version. Evaluate again: paving circuit evaluate {folder}"
+        ) from error
+    names = [row.name for row in metrics.rows]
+    examples = []
+    for name in metrics.rows[0].sets:
+        answers = folder / "sets" / name
+        examples += [replace(e, bucket=name) for e in examples_of(answers, answers / "verdicts", names, per_bucket=3)]
+    return write_circuit_report(metrics, folder / "report.html", examples=examples)
+
+
+def card_metrics(row: PolicyRow) -> dict[str, dict]:
+    """What the model card says of the edit, each with its n and interval."""
+    names = {CATEGORY: "harmful_refusal", BENIGN: "benign_over_refusal"}
+    found = {names.get(s.side, f"refusal_of_{name}"): s.refused.model_dump() for name, s in row.sets.items()}
+    broken = {f"{name}_broken": s.broken.model_dump() for name, s in row.sets.items() if s.side in names}
+    return found | broken
+
+
+def prompt_sets(config: CircuitConfig, ood: Sequence[str]) -> list[PromptSet]:
+    """The category first, then benign prompts, the other categories of the file, other sources."""
+    if config.held_out is None:
+        raise RunError(
+            "this run has no held-out pairs: what the calibration split shows, α was chosen on. "
+            "Start another with --held-out FILE (pairs of the same layout)."
+        )
+
+    def pairs(category: str) -> tuple[Pair, ...]:
+        return read_pairs(config.held_out, category, benign=config.benign, limit=config.held_out_limit)
+
+    own = pairs(config.category)
+    sets = [PromptSet(config.category, CATEGORY, harmful_prompts(own)), PromptSet(BENIGN, BENIGN, benign_prompts(own))]
+    for name in categories_in(config.held_out, benign=config.benign):
+        if name != config.category:
+            sets.append(PromptSet(name, "other", harmful_prompts(pairs(name))))
+    for source in ood:
+        prompts = read_prompts(source, Bucket.HARMFUL_KEEP, limit=config.held_out_limit)
+        sets.append(PromptSet(Path(source.partition("?")[0]).stem, "ood", prompts))
+    return sets
+
+
+class _Rows:
+    """Measures rows one after the other, each paired with the base, which comes first."""
+
+    def __init__(self, backbone: Backbone, sets: Sequence[PromptSet], protocol: Protocol, folder: Path, means: Means):
+        self.backbone, self.sets, self.protocol, self.means = backbone, sets, protocol, means
+        self.folder, self.base = folder / "sets", None
+
+    def row(self, intervention: Intervention, kind: str, strength: float | None, key: str):
+        spec = RowSpec(intervention, kind, "none", strength, key)
+        row, labels = policy_row(
+            self.backbone, spec, self.sets, self.protocol, self.folder, self.means.stage, base=self.base
+        )
+        self.base = self.base or labels
+        return row
+
+
+class _Fitting:
+    """A comparator, fitted when first asked for: not at all where everything it would answer is on disk."""
+
+    def __init__(
+        self, other: Comparator, backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means
+    ):
+        self.name, self.backbone, self.config, self.folder, self.means = other.name, backbone, config, folder, means
+        self._fit = lambda: other.fit(backbone, config, train, folder, means)
+
+    @cached_property
+    def fitted(self) -> Fitted:
+        self.means.say(f"fitting {self.name}")
+        return self._fit()
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """A fitted comparator at one strength, as an intervention."""
+
+    name: str
+    strength: float
+    fitting: _Fitting
+
+    def apply(self, backbone: Backbone, batch: PromptBatch) -> AbstractContextManager[Applied]:
+        return self.fitting.fitted.at(self.strength).apply(backbone, batch)
+
+
+def _points(fitting: _Fitting, calibration: Sequence[Pair], judge: Judge | None) -> list[StrengthPoint]:
+    """The comparator on the calibration pairs, strength by strength; kept in comparators/NAME.json."""
+    path = fitting.folder / "comparators" / f"{fitting.name}.json"
+    if path.exists():
+        return [StrengthPoint(**p) for p in json.loads(path.read_text(encoding="utf-8"))]
+    found = fitting.fitted
+    points = strengths_of(fitting.backbone, fitting.config, calibration, found.at, found.strengths, fitting.means, judge)
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, [asdict(p) for p in points])
+    return list(points)
+
+
+def _recipe_key(config: CircuitConfig, name: str, strength: float) -> str:
+    return TraceStore.key(config=config.model_dump(mode="json"), row=name, strength=strength)
+
+
+def frontier_points(points: Sequence[StrengthPoint], chosen: float | None) -> list[FrontierPoint]:
+    return [
+        FrontierPoint(
+            strength=p.strength,
+            category_refused=wilson(p.harmful_refused, p.n_harmful),
+            benign_refused=wilson(p.benign_refused, p.n_benign),
+            benign_broken=wilson(p.benign_broken, p.n_benign),
+            chosen=p.strength == chosen,
+        )
+        for p in points
+    ]
+
+
+def touched(backbone: Backbone, delta: Delta) -> float:
+    """Share of the model's parameters that the circuit holds."""
+    held = sum(values.numel() for values in delta.slices.values.values())
+    return held / sum(p.numel() for p in backbone.model.parameters())
+
+
+def layer_summaries(folder: Path, delta: Delta) -> list[LayerSummary]:
+    mask, scores = load_circuit(folder)
+    summaries = []
+    for layer, s in sorted(scores.items()):
+        chosen = mask.channels.get(layer, ())
+        values = delta.slices.values.get(layer)
+        summaries.append(
+            LayerSummary(
+                layer=layer,
+                mean_score=float(s.mean()),
+                chosen_score=float(s[list(chosen)].mean()) if chosen else None,
+                chosen=len(chosen),
+                delta_norm=None if values is None else float((values.double() * delta.alpha).norm()),
+            )
+        )
+    return summaries

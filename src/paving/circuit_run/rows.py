@@ -1,0 +1,108 @@
+"""What a circuit is measured against: the inverse and a random circuit, and AS, CAST and WS, each fitted on the same pairs.
+
+Every row is fitted on the training pairs and its strength chosen on the calibration pairs by the rule that chooses α.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from paving.backbone import Backbone
+from paving.circuit.arithmetic import weight_delta
+from paving.circuit.mask import Choice, choose
+from paving.circuit.pairs import Pair
+from paving.circuit.slices import CircuitEdit
+from paving.circuit_run.config import CircuitConfig
+from paving.circuit_run.folder import load_circuit
+from paving.circuit_run.inputs import openings_of, own_answers
+from paving.intervention import Intervention
+from paving.run import Means
+from paving.steering.activation_steering import fit_activation_steering
+from paving.steering.cast import fit_cast
+from paving.steering.weight_steering import WeightSteering, WeightSteeringConfig, fit_weight_steering
+
+At = Callable[[float], Intervention]
+GAPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the distance between compliance and refusal, for AS and CAST
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """at: strength -> the row's intervention; strengths: those to be tried."""
+
+    at: At
+    strengths: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparator:
+    """fit: (backbone, config, training pairs, run folder, means) -> Fitted."""
+
+    name: str
+    fit: Callable[[Backbone, CircuitConfig, Sequence[Pair], Path, Means], Fitted]
+
+
+def comparator(name: str) -> Comparator:
+    """raises ValueError naming what is allowed."""
+    found = next((c for c in COMPARATORS if c.name == name), None)
+    if found is None:
+        raise ValueError(f"the row {name!r} is not known; allowed: {', '.join(c.name for c in COMPARATORS)}.")
+    return found
+
+
+def _other_circuit(choice: Choice) -> Callable[..., Fitted]:
+    """The same recipe on other channels: the bottom κ (the paper's inverse circuit), or a random draw of the same size."""
+
+    def fit(backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means) -> Fitted:
+        _, scores = load_circuit(folder, backbone.fingerprint)
+        reading, scope = config.attribution.reading, config.scope
+        mask = choose(scores, reading, config.fraction, scope=scope, choice=choice, seed=config.seed)
+        own = own_answers(backbone, config, train, means) if config.arithmetic.retain != "none" else ()
+        slices = weight_delta(backbone, train, mask, openings_of(config), config.arithmetic, own=own, watch=means.watch)
+        name = "inverse" if choice == "bottom" else choice
+        return Fitted(lambda a: CircuitEdit(slices, a, name=name), config.strength.alphas)
+
+    return fit
+
+
+def _activation_steering(
+    backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means
+) -> Fitted:
+    fitted = fit_activation_steering(backbone, _texts(train), openings_of(config))
+    return Fitted(lambda s: replace(fitted, strength=s), _of_the_gap(fitted.behaviour.gaps.values()))
+
+
+def _conditional_steering(
+    backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means
+) -> Fitted:
+    fitted = fit_cast(backbone, _texts(train), openings_of(config))
+    return Fitted(lambda s: replace(fitted, strength=s), _of_the_gap(fitted.behaviour.gaps.values()))
+
+
+def _weight_steering(backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means) -> Fitted:
+    stage_2 = config.arithmetic
+    settings = WeightSteeringConfig(
+        epochs=stage_2.epochs, batch_size=stage_2.batch_size, learning_rate=stage_2.learning_rate, seed=stage_2.seed
+    )
+    harmful = [p.harmful for p in train]
+    delta = fit_weight_steering(backbone, harmful, openings_of(config), settings, say=means.say)
+    return Fitted(lambda a: WeightSteering(delta, a), config.strength.alphas)
+
+
+def _texts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    return [(p.harmful, p.benign) for p in pairs]
+
+
+def _of_the_gap(gaps: Iterable[float]) -> tuple[float, ...]:
+    found = list(gaps)
+    return tuple(share * sum(found) / len(found) for share in GAPS)
+
+
+COMPARATORS = (
+    Comparator("as", _activation_steering),
+    Comparator("cast", _conditional_steering),
+    Comparator("ws", _weight_steering),
+    Comparator("inverse", _other_circuit("bottom")),
+    Comparator("random", _other_circuit("random")),
+)

@@ -1,0 +1,151 @@
+"""A circuit run, top to bottom: find the circuit of a category, edit its weights, choose α."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from paving.backbone import Backbone
+from paving.circuit.arithmetic import weight_delta
+from paving.circuit.attribution import attribute
+from paving.circuit.delta import Delta, make_delta
+from paving.circuit.delta_files import load_delta, save_delta
+from paving.circuit.mask import Mask, choose
+from paving.circuit.objective import objective, references
+from paving.circuit.pairs import Pair
+from paving.circuit.slices import CircuitEdit, SliceDelta
+from paving.circuit_run.config import CircuitConfig
+from paving.circuit_run.folder import load_circuit, open_circuit_run, read_circuit_config, save_circuit
+from paving.circuit_run.inputs import benign_prompts, harmful_prompts, openings_of, own_answers, pairs_of
+from paving.evaluation.judges import Judge
+from paving.generation import Decoding
+from paving.intervention import Intervention
+from paving.run import Means, labels_of
+from paving.run_folder import RunError, write_json
+from paving.training.strength import StrengthPoint, choose_strength, sweep
+
+
+def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
+    """EAP-IG over the training pairs -> the circuit, in circuit.json; taken from there if it is."""
+    train, _ = pairs_of(config)  # a bad file is refused before a model is loaded or a folder made
+    phrases = openings_of(config)
+    backbone = means.load(config.model, config.dtype)
+    open_circuit_run(config, folder)
+    if (folder / "circuit.json").exists():
+        means.say(f"the circuit in {folder} is found; nothing to do")
+        return load_circuit(folder, backbone.fingerprint)[0]
+    read = train[: config.attributed]
+    j = objective(references(backbone, read, phrases, kind=config.reference, seed=config.seed))
+    scores = attribute(backbone, read, j, config.attribution, means.stage("attribution (pairs)", len(read)))
+    mask = choose(scores, config.attribution.reading, config.fraction, scope=config.scope)
+    save_circuit(folder, mask, scores, backbone.fingerprint)
+    return mask
+
+
+def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge | None = None) -> Delta:
+    """θ+ and θ− on the circuit, Δθ, and α chosen on the calibration split; the delta is saved in `folder`/delta.
+
+    alpha: the owner's own choice, in place of the one the limit would make
+    raises RunError if no α keeps to the limit; Δθ and the curve are kept, and --alpha takes one of them
+    """
+    config = read_circuit_config(folder)
+    backbone = means.load(config.model, config.dtype)
+    mask, scores = load_circuit(folder, backbone.fingerprint)
+    if (folder / "delta").exists():
+        found = load_delta(folder / "delta")
+        if alpha not in (None, found.alpha):
+            raise RunError(
+                f"{folder / 'delta'} has α {found.alpha:g} already. Move it away to choose another; nothing changed."
+            )
+        means.say(f"the delta in {folder} is finished; nothing to do")
+        return found
+    train, calibration = pairs_of(config)
+    slices = trained_slices(backbone, config, train, mask, folder, means)
+    points = calibrated(backbone, config, calibration, slices, folder, means, judge)
+    if alpha is None:
+        chosen = choose_strength(points, config.strength.limit)
+    else:
+        chosen = next((p for p in points if p.strength == alpha), None)
+    if alpha is None and chosen is None:
+        raise RunError(
+            f"no α of {', '.join(f'{a:g}' for a in config.strength.alphas)} keeps benign over-refusal within "
+            f"{config.strength.limit:.1%} of {len(calibration)} calibration prompts ({_curve(points)}). "
+            f"Take one all the same with --alpha, or another recipe in another folder. Δθ and the curve are kept."
+        )
+    delta = make_delta(
+        backbone,
+        slices,
+        category=config.category,
+        alpha=alpha or chosen.strength,
+        scores=scores,
+        recipe=calibration_point(chosen)
+        | config.model_dump(mode="json", include={"attribution", "fraction", "scope", "arithmetic", "reference", "seed"}),
+    )
+    save_delta(delta, folder / "delta")
+    return delta
+
+
+# --- the stages -------------------------------------------------------------------------------------------------
+
+
+def trained_slices(
+    backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], mask: Mask, folder: Path, means: Means
+) -> SliceDelta:
+    """Δθ = θ+ − θ− (or θ+ − θ0), in `folder`/slices.safetensors; taken from there if it is. θ− is never written."""
+    path = folder / "slices.safetensors"
+    if path.exists():
+        return SliceDelta(mask, {int(name): values for name, values in load_file(path).items()})
+    own = own_answers(backbone, config, train, means) if config.arithmetic.retain != "none" else ()
+    slices = weight_delta(backbone, train, mask, openings_of(config), config.arithmetic, own=own, watch=means.watch)
+    partial = path.with_suffix(".partial")
+    save_file({str(layer): values.contiguous() for layer, values in slices.values.items()}, partial)
+    partial.replace(path)
+    return slices
+
+
+def calibrated(
+    backbone: Backbone,
+    config: CircuitConfig,
+    calibration: Sequence[Pair],
+    slices: SliceDelta,
+    folder: Path,
+    means: Means,
+    judge: Judge | None,
+) -> tuple[StrengthPoint, ...]:
+    """Refusal of the category against over-refusal at every α, in strengths.json; taken from there if it is."""
+    path = folder / "strengths.json"
+    if path.exists():
+        return tuple(StrengthPoint(**p) for p in json.loads(path.read_text(encoding="utf-8")))
+    points = strengths_of(
+        backbone, config, calibration, lambda a: CircuitEdit(slices, a), config.strength.alphas, means, judge
+    )
+    write_json(path, [asdict(p) for p in points])
+    return points
+
+
+def strengths_of(
+    backbone: Backbone,
+    config: CircuitConfig,
+    calibration: Sequence[Pair],
+    at: Callable[[float], Intervention],
+    strengths: Sequence[float],
+    means: Means,
+    judge: Judge | None = None,
+) -> tuple[StrengthPoint, ...]:
+    """The same rule for every method: refusal and over-refusal on the calibration pairs, strength by strength."""
+    labels = labels_of(judge or means.judge(config.judge))
+    decoding = Decoding(max_new_tokens=config.strength.max_new_tokens)
+    harmful, benign = harmful_prompts(calibration), benign_prompts(calibration)
+    return sweep(backbone, harmful, benign, at, strengths, labels, decoding, stage=means.stage)
+
+
+def calibration_point(chosen: StrengthPoint | None) -> dict[str, object]:
+    return {"calibration": asdict(chosen)} if chosen else {}
+
+
+def _curve(points: Sequence[StrengthPoint]) -> str:
+    return "; ".join(f"α {p.strength:g}: harmful {p.harmful_refusal:.0%}, benign {p.over_refusal:.0%}" for p in points)

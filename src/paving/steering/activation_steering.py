@@ -1,0 +1,50 @@
+"""AS: one refusal vector a layer, added for every prompt alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from paving.backbone import Backbone, PromptBatch
+from paving.backbone.hooks import edit_residuals
+from paving.steering.behaviour import Behaviour, BehaviourConfig, fit_behaviour
+from paving.steering.checks import Decided, check_base, check_strength, everywhere
+from paving.steering.states import Tick
+from paving.training.openings import Openings
+
+
+@dataclass(frozen=True)
+class ActivationSteering:
+    """h_l ← h_l + s · v_l at the behaviour's layers: CAST (arXiv 2409.05907) without its condition.
+
+    strength  s, from 0 up, in residual units where the vectors have length 1 (see `Behaviour.gaps`); at 0 every bit is
+              the base's
+    """
+
+    behaviour: Behaviour
+    strength: float = 1.0
+    name: str = "as"
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength, "strength")
+
+    @contextmanager
+    def apply(self, backbone: Backbone, batch: PromptBatch) -> Iterator[Decided]:
+        """raises BackboneError on another base than the one it was fitted on"""
+        check_base(backbone, self.behaviour.base_name, self.behaviour.base_fingerprint, f"{self.name}'s direction")
+        edits = self.behaviour.edits(batch, self.strength) if self.strength else {}
+        with edit_residuals(backbone, edits):
+            yield everywhere(len(batch), self.strength)
+
+
+def fit_activation_steering(
+    backbone: Backbone,
+    pairs: Sequence[tuple[str, str]],
+    openings: Openings,
+    config: BehaviourConfig | None = None,
+    *,
+    tick: Tick | None = None,
+) -> ActivationSteering:
+    """pairs: (harmful, benign) request texts, of which the benign ones carry the openings. See `fit_behaviour`."""
+    return ActivationSteering(fit_behaviour(backbone, [benign for _, benign in pairs], openings, config, tick=tick))

@@ -1,0 +1,73 @@
+"""CAST: activation steering of those rows whose prompt meets a condition (arXiv 2409.05907)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from paving.backbone import Backbone, PromptBatch
+from paving.backbone.hooks import edit_residuals
+from paving.intervention import RowState
+from paving.steering.behaviour import Behaviour, BehaviourConfig, fit_behaviour
+from paving.steering.checks import Decided, check_base, check_strength
+from paving.steering.condition import Condition, ConditionConfig, fit_condition
+from paving.steering.states import Tick
+from paving.training.openings import Openings
+
+
+@dataclass(frozen=True)
+class ConditionalSteering:
+    """h_l ← h_l + f(sim(h_c, P_c h_c)) · s · v_l, with f 1 where the prompt meets the condition and 0 elsewhere.
+
+    The condition is read in a first, unedited pass over the prompts, so that it may stand in any layer, below or above
+    the edited ones; it costs that pass. CAST's code reads it on the way and therefore only below the first edit, and
+    reads row 0 for the whole batch, with the decision kept on a class. Here each row has its own.
+
+    strength  s, as in `ActivationSteering`
+    """
+
+    behaviour: Behaviour
+    condition: Condition
+    strength: float = 1.0
+    name: str = "cast"
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength, "strength")
+
+    @contextmanager
+    def apply(self, backbone: Backbone, batch: PromptBatch) -> Iterator[Decided]:
+        """The rows' `logit` is the margin by which the condition is met or missed.
+
+        raises BackboneError on another base than the one it was fitted on
+        """
+        check_base(backbone, self.behaviour.base_name, self.behaviour.base_fingerprint, f"{self.name}'s directions")
+        margins = self.condition.margins(backbone, batch)
+        met = margins > 0
+        gates = met.float() if self.strength else met.float() * 0
+        rows = tuple(RowState(gate=g, logit=m) for g, m in zip(gates.tolist(), margins.tolist(), strict=True))
+        # No hook at all rather than one that adds nothing: a batch that is left alone has the base's bits.
+        edits = self.behaviour.edits(batch, self.strength, met) if bool(gates.any()) else {}
+        with edit_residuals(backbone, edits):
+            yield Decided(rows)
+
+
+def fit_cast(
+    backbone: Backbone,
+    pairs: Sequence[tuple[str, str]],
+    openings: Openings,
+    behaviour: BehaviourConfig | Behaviour | None = None,
+    condition: ConditionConfig | None = None,
+    *,
+    tick: Tick | None = None,
+) -> ConditionalSteering:
+    """pairs: (harmful, benign) request texts of one category. behaviour: how to fit it, or one that is fitted already.
+
+    The condition contrasts the category with its benign counterparts; CAST's own category experiment contrasts it with
+    four other categories as well.
+    """
+    if isinstance(behaviour, Behaviour):
+        check_base(backbone, behaviour.base_name, behaviour.base_fingerprint, "the behaviour")
+    else:
+        behaviour = fit_behaviour(backbone, [benign for _, benign in pairs], openings, behaviour, tick=tick)
+    return ConditionalSteering(behaviour, fit_condition(backbone, pairs, condition, tick=tick))

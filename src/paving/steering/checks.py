@@ -1,0 +1,46 @@
+"""What every comparator checks before it touches a model, and what it says about a batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from paving.backbone import Backbone, BackboneError
+from paving.intervention import RowState
+
+
+class SteeringError(ValueError):
+    """A direction, delta or strength that cannot be used as it is; the message says what, and how to mend it."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Applied of a method that has decided before the first pass."""
+
+    states: tuple[RowState, ...]
+
+    def rows(self) -> tuple[RowState, ...]:
+        return self.states
+
+
+def everywhere(n: int, strength: float) -> Decided:
+    """Every row edited alike; at strength 0 every row is the base's."""
+    return Decided((RowState(gate=1.0 if strength else 0.0),) * n)
+
+
+def check_strength(strength: float, what: str) -> None:
+    """raises SteeringError unless strength is a finite number from 0 up"""
+    if not math.isfinite(strength) or strength < 0:
+        raise SteeringError(
+            f"{what} is {strength}; it must be 0 or more. These methods stand here to add refusal: below 0 they would "
+            "take it away from harmful requests."
+        )
+
+
+def check_base(backbone: Backbone, name: str, fingerprint: str, what: str) -> None:
+    """raises BackboneError if `what` was fitted on another base"""
+    if backbone.fingerprint != fingerprint:
+        raise BackboneError(
+            f"{what} was fitted on {name} (fingerprint {fingerprint}), but the model at hand is {backbone.name} "
+            f"(fingerprint {backbone.fingerprint}). Load {name}, or fit on {backbone.name}."
+        )

@@ -1,0 +1,98 @@
+"""How strong an edit may be: refusal of a category against over-refusal, over strengths, on the calibration split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from paving.backbone import Backbone
+from paving.generation import Completion, Decoding, generate
+from paving.intervention import Identity, Intervention
+from paving.prompts.types import Prompt
+from paving.training.prepare import Stage, silent
+from paving.training.verdicts import BROKEN, REFUSAL, LabelsOf
+
+
+@dataclass(frozen=True)
+class StrengthPoint:
+    """One strength (α, s) on the calibration split: counts, each with its n. Strength 0 is the untouched base."""
+
+    strength: float
+    n_harmful: int
+    harmful_refused: int
+    harmful_broken: int
+    n_benign: int
+    benign_refused: int
+    benign_broken: int
+
+    @property
+    def harmful_refusal(self) -> float:
+        return self.harmful_refused / self.n_harmful
+
+    @property
+    def over_refusal(self) -> float:
+        return self.benign_refused / self.n_benign
+
+    @property
+    def benign_breakage(self) -> float:
+        return self.benign_broken / self.n_benign
+
+
+def sweep(
+    backbone: Backbone,
+    harmful: Sequence[Prompt],
+    benign: Sequence[Prompt],
+    at: Callable[[float], Intervention],
+    strengths: Iterable[float],
+    labels_of: LabelsOf,
+    decoding: Decoding,
+    *,
+    enough: float = 0.5,
+    stage: Stage = silent,
+) -> tuple[StrengthPoint, ...]:
+    """The base, then every strength in ascending order until over-refusal passes `enough`: beyond it nothing is chosen.
+
+    at      strength -> the edit at that strength
+    raises  ValueError without prompts on either side
+    """
+    if not harmful or not benign:
+        raise ValueError(
+            f"strengths are compared on calibration prompts; there are {len(harmful)} harmful and {len(benign)} benign."
+        )
+    ordered = [0.0, *sorted(set(strengths) - {0.0})]
+    tick = stage("strengths on the calibration split", len(ordered))
+    points: list[StrengthPoint] = []
+    for strength in ordered:
+        answers = generate(backbone, [*benign, *harmful], at(strength) if strength else Identity(), decoding)
+        labels = list(labels_of(answers))
+        points.append(_point(strength, answers, labels, {p.id for p in harmful}))
+        tick(1)
+        if points[-1].over_refusal > enough:
+            break
+    return tuple(points)
+
+
+def choose_strength(points: Sequence[StrengthPoint], limit: float) -> StrengthPoint | None:
+    """The point that refuses most of the category with over-refusal at most `limit`; the weaker edit among equals.
+
+    Nor may it break more benign answers than the base does, by more than the limit: a model that answers nonsense
+    refuses little. None where no strength keeps to both: which one to take then is for the owner to say.
+    """
+    base = next(p for p in points if p.strength == 0)
+    allowed = [
+        p for p in points
+        if p.strength and p.over_refusal <= limit and p.benign_breakage <= base.benign_breakage + limit
+    ]  # fmt: skip
+    return max(allowed, key=lambda p: (p.harmful_refusal, -p.strength), default=None)
+
+
+def _point(strength: float, answers: Sequence[Completion], labels: Sequence[str], harmful: set[str]) -> StrengthPoint:
+    sides = {True: [], False: []}
+    for answer, label in zip(answers, labels, strict=True):
+        sides[answer.id in harmful].append(label)
+    bad, good = sides[True], sides[False]
+    return StrengthPoint(
+        strength=strength,
+        n_harmful=len(bad), harmful_refused=bad.count(REFUSAL), harmful_broken=bad.count(BROKEN),
+        n_benign=len(good), benign_refused=good.count(REFUSAL), benign_broken=good.count(BROKEN),
+    )  # fmt: skip

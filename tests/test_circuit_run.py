@@ -1,0 +1,187 @@
+"""A circuit run from files to files, on a tiny model: what each stage leaves behind, what a second call takes from there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from paving.circuit.arithmetic import ArithmeticConfig
+from paving.circuit.mask import CircuitError
+from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find
+from paving.evaluation.judges import Label, Verdict
+from paving.generation import Decoding
+from paving.run import Means
+from paving.run_folder import RunError
+from tiny_models import tiny_backbone
+from tiny_pairs import COMPLYING, REFUSING, tiny_pairs, write_pairs
+
+
+class WordJudge:
+    """A refusal is an answer that begins with one of the refusing words."""
+
+    name = "words-1"
+
+    def judge(self, prompt, response, bucket=None, *, truncated=False):
+        first = next(iter(response.split()), "")
+        refused = first[:1] == "w" and first[1:].isdigit() and int(first[1:]) >= 170
+        return Verdict(Label.HARMLESS_REFUSAL if refused else Label.HARMLESS_BENIGN, "")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pairs(folder / "train.jsonl", tiny_pairs(14))
+    rows = [{"id": p.id, "base": p.benign, "harm": p.harmful, "other": f"w5 {p.harmful}"} for p in tiny_pairs(4, seed=9)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    (folder / "openings.json").write_text(json.dumps({"refusal": REFUSING, "compliance": COMPLYING}), encoding="utf-8")
+    backbone = tiny_backbone()
+    backbone.model.save_pretrained(folder / "base")
+    backbone.tokenizer.save_pretrained(folder / "base")
+    return folder
+
+
+def config(files, **changes) -> CircuitConfig:
+    return CircuitConfig(
+        **{
+            "model": str(files / "base"),
+            "pairs": str(files / "train.jsonl"),
+            "category": "harm",
+            "held_out": str(files / "test.jsonl"),
+            "calibration": 4,
+            "openings": str(files / "openings.json"),
+            "arithmetic": ArithmeticConfig(epochs=2, learning_rate=1e-2, retain="kl"),
+            "own_tokens": 4,
+            "strength": StrengthConfig(alphas=(0.5, 1.0), limit=1.0, max_new_tokens=3),
+            "decoding": Decoding(max_new_tokens=4),
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def means(tmp_path):
+    return Means.default(cache=tmp_path / "cache")
+
+
+def run_whole(files, folder, means, **changes):
+    find(config(files, **changes), folder, means)
+    return edit(folder, means, judge=WordJudge())
+
+
+def test_a_run_leaves_circuit_delta_curve_metrics_and_report(files, tmp_path, means):
+    folder = tmp_path / "run"
+    delta = run_whole(files, folder, means)
+    assert delta.alpha in (0.5, 1.0) and delta.mask.size == 5 * round(0.15 * 48)
+    metrics = evaluate(folder, means, against=["inverse", "as"], judge=WordJudge())
+    assert [r.name for r in metrics.rows][:2] == ["base", "c-delta-theta"]
+    assert {name: s.side for name, s in metrics.rows[0].sets.items()} == {
+        "harm": "category", "benign": "benign", "other": "other",
+    }  # fmt: skip
+    assert all(s.refused.n == 4 for s in metrics.rows[1].sets.values())
+    assert metrics.rows[0].sets["harm"].against_base is None
+    assert metrics.rows[1].sets["harm"].against_base.n == 4
+    assert set(metrics.frontier) == {"c-delta-theta", "inverse", "as"}
+    assert [p.strength for p in metrics.frontier["c-delta-theta"]] == [0.0, 0.5, 1.0]
+    assert 0 < metrics.touched < 0.2
+    assert "c-delta-theta" in (folder / "report.html").read_text(encoding="utf-8")
+    card = json.loads((folder / "delta" / "delta.json").read_text(encoding="utf-8"))
+    assert card["components"][0]["metrics"]["benign_over_refusal"]["n"] == 4
+
+
+def test_what_is_finished_is_not_done_again(files, tmp_path, means, monkeypatch):
+    folder = tmp_path / "run"
+    delta = run_whole(files, folder, means)
+    first = evaluate(folder, means, against=["random"], judge=WordJudge())
+
+    def forbidden(*_args, **_kwargs):
+        raise AssertionError("done again")
+
+    for where in ("stages.attribute", "stages.weight_delta", "rows.weight_delta", "stages.sweep"):
+        monkeypatch.setattr(f"paving.circuit_run.{where}", forbidden)
+    monkeypatch.setattr("paving.evaluation.three_way.generate", forbidden)
+    assert find(config(files), folder, means) == delta.mask
+    assert edit(folder, means, judge=WordJudge()).edited().keys() == delta.edited().keys()
+    assert evaluate(folder, means, against=["random"], judge=WordJudge()) == first
+
+
+@pytest.mark.parametrize("killed_in", ["stages.attribute", "stages.calibrated", "stages.make_delta"])
+def test_a_killed_run_goes_on_to_the_same_delta(files, tmp_path, means, monkeypatch, killed_in):
+    whole = run_whole(files, tmp_path / "whole", means)
+    folder = tmp_path / "killed"
+
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"paving.circuit_run.{killed_in}", killed)
+        run_whole(files, folder, means)
+    again = run_whole(files, folder, means)
+    assert (folder / "delta" / "delta.safetensors").read_bytes() == (tmp_path / "whole/delta/delta.safetensors").read_bytes()
+    assert again.description == whole.description
+
+
+def test_nothing_of_the_compliance_fine_tune_is_written(files, tmp_path, means, monkeypatch):
+    """θ− lives in memory only: no file of the run holds its values."""
+    from safetensors.torch import load_file
+
+    from paving.circuit import arithmetic
+
+    seen = {}
+    original = arithmetic.fine_tuned
+
+    def remembered(backbone, texts, mask, side, *rest):
+        seen[side] = original(backbone, texts, mask, side, *rest)
+        return seen[side]
+
+    monkeypatch.setattr(arithmetic, "fine_tuned", remembered)
+    run_whole(files, tmp_path / "run", means)
+    stored = [t for path in (tmp_path / "run").rglob("*.safetensors") for t in load_file(path).values()]
+    assert stored and set(seen) == {"refusal", "compliance"}
+    for values in seen["compliance"].values():
+        assert not any(t.shape == values.shape and (t.float() - values).abs().max() < 1e-6 for t in stored)
+
+
+def test_no_alpha_within_the_limit_is_an_error_that_keeps_the_work(files, tmp_path, means):
+    class AlwaysRefused(WordJudge):
+        def judge(self, *_args, **_kwargs):
+            return Verdict(Label.HARMLESS_REFUSAL, "")
+
+    folder = tmp_path / "run"
+    find(config(files, strength=StrengthConfig(alphas=(0.5,), limit=0.1, max_new_tokens=2)), folder, means)
+    with pytest.raises(RunError, match=r"no α of 0.5 keeps benign over-refusal within 10.0%.*--alpha"):
+        edit(folder, means, judge=AlwaysRefused())
+    assert not (folder / "delta").exists() and (folder / "slices.safetensors").exists()
+    assert edit(folder, means, alpha=0.5, judge=AlwaysRefused()).alpha == 0.5
+    with pytest.raises(RunError, match=r"has α 0\.5 already"):
+        edit(folder, means, alpha=0.7, judge=AlwaysRefused())
+
+
+def test_bad_input_is_one_clear_error_and_makes_no_folder(files, tmp_path, means):
+    folder = tmp_path / "run"
+    with pytest.raises(CircuitError, match="no pairs for the category 'crime'"):
+        find(config(files, category="crime"), folder, means)
+    with pytest.raises(CircuitError, match="leave none to train on"):
+        find(config(files, calibration=14), folder, means)
+    assert not folder.exists()
+    with pytest.raises(RunError, match=r"holds no config\.json"):
+        edit(folder, means)
+    find(config(files, held_out=None), folder, means)
+    with pytest.raises(RunError, match="belongs to another configuration"):
+        find(config(files, fraction=0.2), folder, means)
+    with pytest.raises(RunError, match="no held-out pairs"):
+        evaluate(folder, means)
+    with pytest.raises(ValueError, match="'caa' is not known; allowed: as, cast, ws, inverse, random"):
+        evaluate(folder, means, against=["caa"])
+
+
+def test_a_circuit_of_another_base_is_refused(files, tmp_path, means):
+    folder = tmp_path / "run"
+    find(config(files), folder, means)
+    other = tiny_backbone(seed=1)
+    other.model.save_pretrained(files / "base2")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "model": str(files / "base2")}))
+    other.tokenizer.save_pretrained(files / "base2")
+    with pytest.raises(CircuitError, match="found on a base with fingerprint"):
+        edit(folder, means)

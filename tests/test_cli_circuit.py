@@ -1,0 +1,109 @@
+"""`paving circuit` from pairs to a verified checkpoint and back, as a user types it; every refusal is one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from command_line import paving, printed, refused
+from tiny_models import tiny_backbone
+from tiny_pairs import COMPLYING, REFUSING, tiny_pairs, write_pairs
+
+QUICK = {
+    "calibration": 3,
+    "arithmetic": {"epochs": 1, "learning_rate": 1e-2},
+    "strength": {"alphas": [0.5, 1.0], "limit": 1.0, "max_new_tokens": 2},
+    "decoding": {"max_new_tokens": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Base, pairs, and two finished circuit runs, of the categories harm and other."""
+    folder = tmp_path_factory.mktemp("circuits")
+    backbone = tiny_backbone()
+    backbone.model.save_pretrained(folder / "base")
+    backbone.tokenizer.save_pretrained(folder / "base")
+    rows = [{"id": p.id, "base": p.benign, "harm": p.harmful, "other": f"w9 {p.harmful}"} for p in tiny_pairs(9)]
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    (folder / "openings.json").write_text(json.dumps({"refusal": REFUSING, "compliance": COMPLYING}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**QUICK, "openings": str(folder / "openings.json")}), encoding="utf-8")
+    for category in ("harm", "other"):
+        printed(
+            "circuit", "find", "--out", folder / category, "--config", folder / "config.json", "--model", folder / "base",
+            "--pairs", folder / "train.jsonl", "--held-out", folder / "test.jsonl", "--category", category,
+        )  # fmt: skip
+        assert "delta:" in printed("circuit", "edit", folder / category, "--alpha", "1")
+    return folder
+
+
+def test_find_says_how_large_the_circuit_is_and_a_second_run_changes_nothing(made):
+    text = printed(
+        "circuit", "find", "--out", made / "harm", "--config", made / "config.json", "--model", made / "base",
+        "--pairs", made / "train.jsonl", "--held-out", made / "test.jsonl", "--category", "harm",
+    )  # fmt: skip
+    assert "circuit: 35 neurons in 5 layers" in text
+
+
+def test_evaluate_prints_every_set_and_writes_a_report(made):
+    text = printed("circuit", "evaluate", made / "harm")
+    assert "c-delta-theta" in text and "base" in text and "benign" in text
+    metrics = json.loads(printed("circuit", "evaluate", made / "harm", "--json"))
+    assert [r["name"] for r in metrics["rows"]] == ["base", "c-delta-theta"]
+    assert (made / "harm" / "report.html").exists()
+
+
+def test_apply_verify_remove(made, tmp_path):
+    delta, edited, restored = made / "harm" / "delta", tmp_path / "edited", tmp_path / "restored"
+    assert "edited checkpoint" in printed("circuit", "apply", made / "base", delta, "--out", edited)
+    text = printed("circuit", "verify", made / "base", edited, delta)
+    assert "verified: " in text and "values changed, all in the circuit (5 of 57 tensors)" in text
+    printed("circuit", "remove", edited, delta, "--out", restored)
+    base, again = load_file(made / "base" / "model.safetensors"), load_file(restored / "model.safetensors")
+    assert base.keys() == again.keys() and all(base[k].equal(again[k]) for k in base)
+    (edited / "model.safetensors").write_bytes(flipped((edited / "model.safetensors").read_bytes()))
+    result = paving("circuit", "verify", made / "base", edited, delta)
+    assert result.exit_code == 1 and "is not" in result.stderr and "Traceback" not in result.output
+    found = json.loads(paving("circuit", "verify", made / "base", edited, delta, "--json").stdout)
+    assert found["ok"] is False and found["findings"]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def test_compose_and_take_out_again(made, tmp_path):
+    both, back = tmp_path / "both", tmp_path / "back"
+    text = printed("circuit", "compose", made / "harm" / "delta", made / "other" / "delta", "--out", both)
+    assert "delta of harm, other" in text
+    assert "delta of other" in printed("circuit", "compose", both, "--without", "harm", "--out", back)
+    printed("circuit", "apply", made / "base", back, "--out", tmp_path / "a")
+    printed("circuit", "apply", made / "base", made / "other" / "delta", "--out", tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_refusals_are_one_line(made, tmp_path):
+    assert "--category is missing" in refused("circuit", "find", "--out", tmp_path / "x", "--pairs", made / "train.jsonl")
+    assert "no pairs for the category" in refused(
+        "circuit", "find", "--out", tmp_path / "x", "--pairs", made / "train.jsonl", "--category", "crime"
+    )
+    assert "allowed: published, selective" in refused(
+        "circuit", "find", "--out", tmp_path / "x", "--pairs", made / "train.jsonl", "--category", "harm", "--recipe", "best"
+    )
+    assert not (tmp_path / "x").exists()
+    assert "no config.json" in refused("circuit", "edit", tmp_path)
+    assert "is not known; allowed" in refused("circuit", "evaluate", made / "harm", "--against", "caa")
+    other = tiny_backbone(seed=3)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    delta = made / "harm" / "delta"
+    assert "fingerprint" in refused("circuit", "apply", tmp_path / "other", delta, "--out", tmp_path / "y")
+    assert "exists" in refused("circuit", "apply", made / "base", delta, "--out", made / "harm")
+    write_pairs(tmp_path / "broken.jsonl", tiny_pairs(2))
+    (tmp_path / "broken.jsonl").write_text("{oops\n", encoding="utf-8")
+    assert "broken.jsonl:1 is not JSON" in refused(
+        "circuit", "find", "--out", tmp_path / "x", "--pairs", tmp_path / "broken.jsonl", "--category", "harm"
+    )
