@@ -107,11 +107,9 @@ def fine_tuned(
         if epoch == 0 and config.packing:
             check_packing(backbone, batches[0])
         for step, batch in enumerate(batches, 1):
-            own_rows = [next(kept) for _ in batch] if config.retain != "none" else []
+            kept_rows = [next(kept) for _ in batch] if config.retain != "none" else []
             with changed(projections, mask, changes):
-                terms = {"ce": answer_cross_entropy(backbone, batch, packing=config.packing)}
-                if own_rows:
-                    terms["retain"] = _retain(backbone, own_rows, config)
+                terms = _terms(backbone, batch, kept_rows, config)
             loss = terms["ce"] + config.retain_weight * terms.get("retain", 0.0)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss.item()} in epoch {epoch + 1}; lower the learning rate.")
@@ -158,16 +156,19 @@ def _with_base(backbone: Backbone, own: Sequence[Example], config: ArithmeticCon
     return [Own(row, top_k(answer_logits(backbone, [row], packing=config.packing)[0], K)) for row in own]
 
 
-def _retain(backbone: Backbone, own: Sequence[Own], config: ArithmeticConfig) -> Tensor:
-    """Cross-entropy of the base's own answers, or KL(base ‖ edited) on them, a mean over tokens in nats."""
+def _terms(backbone: Backbone, batch: Sequence[Example], own: Sequence[Own], config: ArithmeticConfig) -> dict[str, Tensor]:
+    """`ce` of the openings, and `retain`: cross-entropy of the base's own answers, or KL(base ‖ edited) on them. Means
+    over tokens, in nats. Two packed passes, not one: attention costs the square of a sequence's length."""
+    terms = {"ce": answer_cross_entropy(backbone, batch, packing=config.packing)}
     rows = [o.row for o in own]
-    if config.retain == "ce":
-        return answer_cross_entropy(backbone, rows, packing=config.packing)
-    edited, _ = answer_logits(backbone, rows, packing=config.packing)
-    log_p = torch.cat([o.base.log_probs for o in own])
-    ids = torch.cat([o.base.ids for o in own])
-    log_q = edited.gather(-1, ids).float().log_softmax(-1)
-    return nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    if own and config.retain == "ce":
+        terms["retain"] = answer_cross_entropy(backbone, rows, packing=config.packing)
+    elif own:
+        logits, _ = answer_logits(backbone, rows, packing=config.packing)
+        log_p = torch.cat([o.base.log_probs for o in own])
+        log_q = logits.gather(-1, torch.cat([o.base.ids for o in own])).float().log_softmax(-1)
+        terms["retain"] = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    return terms
 
 
 def _shuffled(rows: Sequence[T], rng: random.Random) -> list[T]:
