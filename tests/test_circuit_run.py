@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from paving.circuit import edges
 from paving.circuit.arithmetic import ArithmeticConfig
 from paving.circuit.mask import CircuitError
 from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find
@@ -173,6 +174,14 @@ def test_bad_input_is_one_clear_error_and_makes_no_folder(files, tmp_path, means
         evaluate(folder, means)
     with pytest.raises(ValueError, match="'caa' is not known; allowed: as, cast, ws, inverse, random"):
         evaluate(folder, means, against=["caa"])
+
+
+def test_an_edge_level_circuit_says_which_layers_channels_are_taken_from(files, tmp_path, means):
+    everything = find(config(files), tmp_path / "all", means)
+    some = find(config(files, edges=12, edge_pairs=2), tmp_path / "edges", means)
+    held = edges.ffn_layers(edges.load_circuit(tmp_path / "edges" / "edges.json"))
+    assert set(some.channels) == set(held) & set(everything.channels) and set(some.channels) < set(everything.channels)
+    assert all(some.channels[layer] == everything.channels[layer] for layer in some.channels)
 
 
 def test_a_circuit_of_another_base_is_refused(files, tmp_path, means):

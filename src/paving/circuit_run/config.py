@@ -38,6 +38,8 @@ class CircuitConfig(BaseModel):
     limit        at most so many pairs of `pairs`; calibration of them choose α, the rest find the circuit and train
     attributed   how many training pairs the attribution reads
     fraction     κ, of the channels of a layer or of all (scope)
+    edges        take channels only from layers whose FFN stands in the greedy edge-level circuit of so many edges
+    edge_pairs   how many training pairs that circuit is found on
     own_tokens   length of the base's own benign answers in the retain term
     """
 
@@ -58,6 +60,8 @@ class CircuitConfig(BaseModel):
     attribution: AttributionConfig = AttributionConfig()
     fraction: float = Field(0.15, gt=0, le=1)
     scope: Scope = "layer"
+    edges: int | None = Field(None, ge=1)
+    edge_pairs: int = Field(20, ge=1)
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     own_tokens: int = Field(24, ge=1)
     strength: StrengthConfig = StrengthConfig()

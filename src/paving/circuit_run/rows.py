@@ -55,7 +55,9 @@ def _other_circuit(choice: Choice) -> Callable[..., Fitted]:
     """The same recipe on other channels: the bottom κ (the paper's inverse circuit), or a random draw of the same size."""
 
     def fit(backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means) -> Fitted:
-        _, scores = load_circuit(folder, backbone.fingerprint)
+        own_mask, scores = load_circuit(folder, backbone.fingerprint)
+        if config.edges is not None:
+            scores = {layer: scores[layer] for layer in own_mask.channels}
         reading, scope = config.attribution.reading, config.scope
         mask = choose(scores, reading, config.fraction, scope=scope, choice=choice, seed=config.seed)
         own = own_answers(backbone, config, train, means) if config.arithmetic.retain != "none" else ()

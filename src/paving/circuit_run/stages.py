@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from paving.backbone import Backbone
+from paving.circuit import edges
 from paving.circuit.arithmetic import weight_delta
 from paving.circuit.attribution import attribute
 from paving.circuit.delta import Delta, make_delta
 from paving.circuit.delta_files import load_delta, save_delta
-from paving.circuit.mask import Mask, choose
-from paving.circuit.objective import objective, references
+from paving.circuit.mask import CircuitError, Mask, choose
+from paving.circuit.objective import Objective, objective, references
 from paving.circuit.pairs import Pair
 from paving.circuit.slices import CircuitEdit, SliceDelta
 from paving.circuit_run.config import CircuitConfig
@@ -41,7 +43,8 @@ def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
     read = train[: config.attributed]
     j = objective(references(backbone, read, phrases, kind=config.reference, seed=config.seed))
     scores = attribute(backbone, read, j, config.attribution, means.stage("attribution (pairs)", len(read)))
-    mask = choose(scores, config.attribution.reading, config.fraction, scope=config.scope)
+    layers = edge_level_layers(backbone, config, read, j, folder, means)
+    mask = choose(within(scores, layers), config.attribution.reading, config.fraction, scope=config.scope)
     save_circuit(folder, mask, scores, backbone.fingerprint)
     return mask
 
@@ -83,13 +86,37 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
         alpha=alpha or chosen.strength,
         scores=scores,
         recipe=calibration_point(chosen)
-        | config.model_dump(mode="json", include={"attribution", "fraction", "scope", "arithmetic", "reference", "seed"}),
+        | config.model_dump(
+            mode="json", include={"attribution", "fraction", "scope", "edges", "arithmetic", "reference", "seed"}
+        ),
     )
     save_delta(delta, folder / "delta")
     return delta
 
 
 # --- the stages -------------------------------------------------------------------------------------------------
+
+
+def edge_level_layers(
+    backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], j: Objective, folder: Path, means: Means
+) -> tuple[int, ...] | None:
+    """The layers whose FFN the edge-level circuit holds (in edges.json), where the configuration asks for one."""
+    if config.edges is None:
+        return None
+    pairs = edges.token_pairs(backbone, train[: config.edge_pairs])
+    done = means.stage("edge-level attribution (pairs)", len(pairs))
+    scores = edges.edge_scores(backbone, pairs, j, steps=config.attribution.steps, progress=lambda _so_far: done(1))
+    circuit = edges.greedy_edges(scores, config.edges)
+    circuit.save(folder / "edges.json")
+    return edges.ffn_layers(circuit)
+
+
+def within(scores: Mapping[int, Tensor], layers: Collection[int] | None) -> dict[int, Tensor]:
+    """raises CircuitError if the edge-level circuit leaves no layer to take channels from"""
+    kept = {layer: s for layer, s in scores.items() if layers is None or layer in layers}
+    if not kept:
+        raise CircuitError("the edge-level circuit holds no FFN that channels could be taken from; ask for more edges.")
+    return kept
 
 
 def trained_slices(
