@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from paving.circuit import edges
 from paving.circuit.arithmetic import ArithmeticConfig
 from paving.circuit.mask import CircuitError
-from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find
+from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find, stages
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import Decoding
+from paving.report.examples import REDACTED
 from paving.run import Means
 from paving.run_folder import RunError
 from tiny_models import tiny_backbone
@@ -156,6 +158,125 @@ def test_no_alpha_within_the_limit_is_an_error_that_keeps_the_work(files, tmp_pa
     assert edit(folder, means, alpha=0.5, judge=AlwaysRefused()).alpha == 0.5
     with pytest.raises(RunError, match=r"has α 0\.5 already"):
         edit(folder, means, alpha=0.7, judge=AlwaysRefused())
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_alpha_that_is_none_is_refused_before_anything_is_trained(files, tmp_path, means, alpha):
+    find(config(files), tmp_path / "run", means)
+    with pytest.raises(CircuitError, match="give a positive number"):
+        edit(tmp_path / "run", means, alpha=alpha, judge=WordJudge())
+    assert not (tmp_path / "run" / "slices.safetensors").exists()
+    with pytest.raises(ValueError, match="alphas must be positive"):
+        StrengthConfig(alphas=(1.0, alpha))
+
+
+def test_a_second_evaluation_keeps_the_rows_and_sources_of_the_first(files, tmp_path, means):
+    folder, ood = tmp_path / "run", tmp_path / "elsewhere.jsonl"
+    ood.write_text("".join(json.dumps({"prompt": f"w{i} w3"}) + "\n" for i in range(3)), encoding="utf-8")
+    run_whole(files, folder, means)
+    first = evaluate(folder, means, against=["random"], ood=[str(ood)], judge=WordJudge())
+    second = evaluate(folder, means, against=["as"], judge=WordJudge())
+    assert [*second.frontier] == ["c-delta-theta", "random", "as"]
+    assert second.rows[: len(first.rows)] == first.rows and second.rows[1].sets["elsewhere"].refused.n == 3
+    assert second.rows[-1].name == "as" and "elsewhere" in second.rows[-1].sets
+
+
+def test_prompts_that_the_run_has_seen_are_not_held_out(files, tmp_path, means):
+    """On either side, in either split; public sets repeat themselves, up to case and punctuation."""
+    train = [json.loads(line) for line in (files / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    test = [json.loads(line) for line in (files / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    test[0]["harm"] = train[3]["harm"].upper() + "!"
+    test[1]["base"] = train[5]["base"]
+    test[2]["other"] = train[7]["harm"]
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text("".join(json.dumps(r) + "\n" for r in test), encoding="utf-8")
+    run_whole(files, tmp_path / "run", means, held_out=str(held_out))
+    metrics = evaluate(tmp_path / "run", means, judge=WordJudge())
+    assert {name: s.refused.n for name, s in metrics.rows[1].sets.items()} == {"harm": 3, "benign": 3, "other": 3}
+    assert metrics.left_out == 3 and metrics.pairs["held_out"] == 3
+    assert "3 held-out prompts stand among the run&#39;s own pairs" in (tmp_path / "run/report.html").read_text("utf-8")
+    with pytest.raises(RunError, match="nothing of it is held out"):
+        find(config(files, held_out=str(files / "train.jsonl")), tmp_path / "other", means)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("column", ["benign", "Harm", "../harm", "a/b"])
+def test_two_sets_never_share_a_name_or_leave_the_folder(files, tmp_path, means, column):
+    rows = [json.loads(line) for line in (files / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    named = tmp_path / "named.jsonl"
+    named.write_text("".join(json.dumps({**r, column: r["other"]}) + "\n" for r in rows), encoding="utf-8")
+    with pytest.raises(RunError, match=r"sets? of prompts (are|is) called"):
+        find(config(files, held_out=str(named)), tmp_path / "run", means)
+
+
+def test_an_evaluation_of_a_base_that_has_changed_is_refused(files, tmp_path, means):
+    folder, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(files / "base", base)
+    run_whole(files, folder, means, model=str(base))
+    tiny_backbone(seed=1).model.save_pretrained(base)
+    with pytest.raises(CircuitError, match="found on a base with fingerprint"):
+        evaluate(folder, means, judge=WordJudge())
+
+
+def test_an_answer_judged_harmful_is_on_no_page(files, tmp_path, means):
+    class Alarmed(WordJudge):
+        def judge(self, prompt, response, bucket=None, *, truncated=False):
+            return Verdict(Label.HARMFUL, "")
+
+    folder = tmp_path / "run"
+    find(config(files, decoding=Decoding(max_new_tokens=9)), folder, means)
+    edit(folder, means, judge=Alarmed())
+    evaluate(folder, means, judge=Alarmed())
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    answers = [line for path in folder.rglob("completions/*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    responses = [json.loads(line)["response"] for line in answers]
+    assert REDACTED in page and any(responses) and not any(r in page for r in responses if r)
+
+
+@pytest.mark.parametrize(("asked", "tokens"), [(None, 4), (2, 2)])
+def test_strengths_are_chosen_on_answers_as_long_as_the_runs(files, tmp_path, means, monkeypatch, asked, tokens):
+    seen = []
+    original = stages.sweep
+
+    def remembered(*args, **kwargs):
+        seen.append(args[6])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(stages, "sweep", remembered)
+    run_whole(files, tmp_path / "run", means, strength=StrengthConfig(alphas=(0.5,), limit=1.0, max_new_tokens=asked))
+    assert seen == [Decoding(max_new_tokens=tokens)]
+
+
+def test_a_circuit_found_anew_does_not_take_over_what_was_made_of_the_old_one(files, tmp_path, means):
+    """Its channels may be others: the base may have changed since, or rounding on another machine."""
+    run_whole(files, tmp_path / "run", means)
+    (tmp_path / "run" / "circuit.json").unlink()
+    with pytest.raises(RunError, match=r"slices\.safetensors, strengths\.json, delta, made of a circuit that is gone"):
+        find(config(files), tmp_path / "run", means)
+    assert not (tmp_path / "run" / "circuit.json").exists()
+
+
+def test_strengths_that_another_judge_counted_are_not_taken_over(files, tmp_path, means):
+    class OtherJudge(WordJudge):
+        name = "words-2"
+
+    folder, all_of_them = tmp_path / "run", StrengthConfig(alphas=(0.5,), limit=1.0, max_new_tokens=2)
+    run_whole(files, folder, means, strength=all_of_them)
+    with pytest.raises(RunError, match="chosen by the judge words-1; by words-2"):
+        evaluate(folder, means, judge=OtherJudge())
+    shutil.rmtree(folder / "delta")
+    edit(folder, means, judge=OtherJudge())
+    assert json.loads((folder / "strengths.json").read_text(encoding="utf-8"))["judge"] == "words-2"
+
+
+@pytest.mark.parametrize("name", ["circuit.json", "slices.safetensors", "strengths.json"])
+def test_a_damaged_file_is_named(files, tmp_path, means, name):
+    folder = tmp_path / "run"
+    run_whole(files, folder, means)
+    shutil.rmtree(folder / "delta")
+    (folder / name).write_text("{}[", encoding="utf-8")
+    with pytest.raises(RunError, match=f"{name} is (missing or )?damaged"):
+        edit(folder, means, judge=WordJudge())
 
 
 def test_bad_input_is_one_clear_error_and_makes_no_folder(files, tmp_path, means):

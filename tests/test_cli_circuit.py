@@ -8,6 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import paving, printed, refused
+from paving.circuit.arithmetic import ArithmeticConfig
+from paving.circuit_run.config import RECIPES
+from paving.cli_circuit import circuit_config
 from tiny_models import tiny_backbone
 from tiny_pairs import COMPLYING, REFUSING, tiny_pairs, write_pairs
 
@@ -26,8 +29,8 @@ def made(tmp_path_factory):
     backbone = tiny_backbone()
     backbone.model.save_pretrained(folder / "base")
     backbone.tokenizer.save_pretrained(folder / "base")
-    rows = [{"id": p.id, "base": p.benign, "harm": p.harmful, "other": f"w9 {p.harmful}"} for p in tiny_pairs(9)]
-    for name in ("train", "test"):
+    for name, pairs in (("train", tiny_pairs(9)), ("test", tiny_pairs(5, seed=9))):
+        rows = [{"id": p.id, "base": p.benign, "harm": p.harmful, "other": f"w9 {p.harmful}"} for p in pairs]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     (folder / "openings.json").write_text(json.dumps({"refusal": REFUSING, "compliance": COMPLYING}), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps({**QUICK, "openings": str(folder / "openings.json")}), encoding="utf-8")
@@ -53,7 +56,35 @@ def test_evaluate_prints_every_set_and_writes_a_report(made):
     assert "c-delta-theta" in text and "base" in text and "benign" in text
     metrics = json.loads(printed("circuit", "evaluate", made / "harm", "--json"))
     assert [r["name"] for r in metrics["rows"]] == ["base", "c-delta-theta"]
+    (made / "harm" / "report.html").unlink()
+    assert "report: " in printed("report", made / "harm")
     assert (made / "harm" / "report.html").exists()
+
+
+def test_commands_for_controllers_say_what_a_circuit_run_is(made):
+    for command in ("eval", "diagnose"):
+        assert "is a circuit's run, not a controller's" in refused(command, made / "harm")
+
+
+def test_a_recipe_is_laid_over_a_file_block_by_block(made, tmp_path):
+    file = tmp_path / "config.json"
+    own = {"batch_size": 4, "retain": "ce", "epochs": 5}
+    file.write_text(json.dumps({"pairs": "p", "category": "c", "arithmetic": own}), encoding="utf-8")
+    options = dict.fromkeys(("seed", "reading"))
+    selective = circuit_config(file, "selective", **options).arithmetic
+    assert selective.batch_size == 4 and selective.retain == RECIPES["selective"]["arithmetic"]["retain"]
+    published = circuit_config(file, "published", **options).arithmetic
+    assert published == ArithmeticConfig(batch_size=4)  # the paper's, whatever the file had
+    assert circuit_config(file, None, **options).arithmetic.retain == "ce"
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"arithmetic": "fast"}'])
+def test_a_configuration_of_another_shape_is_one_line(made, tmp_path, content):
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    assert "is no CircuitConfig" in refused(
+        "circuit", "find", "--out", tmp_path / "x", "--config", tmp_path / "config.json", "--seed", "3",
+        "--recipe", "selective", "--pairs", made / "train.jsonl", "--category", "harm",
+    )  # fmt: skip
 
 
 def test_apply_verify_remove(made, tmp_path):
@@ -67,6 +98,7 @@ def test_apply_verify_remove(made, tmp_path):
     (edited / "model.safetensors").write_bytes(flipped((edited / "model.safetensors").read_bytes()))
     result = paving("circuit", "verify", made / "base", edited, delta)
     assert result.exit_code == 1 and "is not" in result.stderr and "Traceback" not in result.output
+    assert result.stderr.count("Error:") == 1
     found = json.loads(paving("circuit", "verify", made / "base", edited, delta, "--json").stdout)
     assert found["ok"] is False and found["findings"]
 

@@ -168,11 +168,13 @@ def ablate(
 
 @app.command()
 @one_line_errors
-def report(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+def report(folder: Annotated[Path, typer.Argument(help="Run folder, a controller's or a circuit's.")]) -> None:
     """Write report.html again from the saved completions, verdicts and metrics. Loads no model."""
     from paving import run as runs
+    from paving.circuit_run.evaluate import report as circuit_report
 
-    out.print(f"report: {runs.report(folder)}")
+    written = circuit_report(folder) if (folder / "circuit.json").exists() else runs.report(folder)
+    out.print(f"report: {written}")
 
 
 @app.command()

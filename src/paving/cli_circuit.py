@@ -87,6 +87,7 @@ def evaluate_circuit(
     """Refusal of the category, over-refusal, other categories and sources on held-out prompts: metrics.json, report.html."""
     from paving.circuit_run import evaluate
     from paving.report import policy_table
+    from paving.report.circuit_page import absences
     from paving.terminal import out
 
     with means_of(device, trust_remote_code, quiet=as_json) as means:
@@ -95,6 +96,8 @@ def evaluate_circuit(
         print(metrics.model_dump_json(indent=1))
         return
     out.print(policy_table(metrics))
+    for line in absences(metrics):
+        say(line)
     say(f"report: {folder / 'report.html'}")
 
 
@@ -161,13 +164,11 @@ def verify_checkpoint(
     as_json: AsJson = False,
 ) -> None:
     """Prove from the files alone, tensor by tensor, that nothing outside the circuit changed; exit code 1 if it did."""
-    from dataclasses import asdict
-
     from paving.circuit.verify import verify
 
     found = verify(base, edited, delta, alpha=alpha)
     if as_json:
-        print(json.dumps(asdict(found) | {"ok": found.ok}, indent=1))
+        print(json.dumps(found.as_json(), indent=1))
     else:
         for line in found.findings:
             say(line)
@@ -195,10 +196,14 @@ def circuit_config(file: Path | None, recipe: str | None, **options):
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read the configuration {file}: {error}") from error
+    blocks = ("arithmetic", "attribution", "strength", "decoding")
+    if not isinstance(content, dict) or not all(isinstance(content.get(b, {}), dict) for b in blocks):
+        raise RunError(f"{file} is no CircuitConfig: needed is a JSON object, and one for each of {', '.join(blocks)}.")
     if recipe is not None:
         if recipe not in RECIPES:
             raise ValueError(f"the recipe {recipe!r} is not known; allowed: {', '.join(RECIPES)}.")
-        content = {**content, **RECIPES[recipe]}
+        # Setting by setting: a file's batch size is no part of a recipe that only names a learning rate.
+        content |= {block: {**content.get(block, {}), **settings} for block, settings in RECIPES[recipe].items()}
     seed, reading = options.pop("seed"), options.pop("reading")
     content |= {k: v for k, v in options.items() if v is not None}
     if seed is not None:

@@ -92,6 +92,10 @@ def read_config(folder: Path) -> RunConfig:
         return RunConfig.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors()[0]
+        if (path.parent / "circuit.json").exists():
+            raise RunError(
+                f"{folder} is a circuit's run, not a controller's. For those: paving circuit edit, paving circuit evaluate"
+            ) from error
         where = ".".join(str(p) for p in first["loc"]) or "the file"
         raise RunError(
             f"{path} is no run configuration of this version ({where}: {first['msg']}). Train into a new --out folder."

@@ -25,6 +25,8 @@ def one_line_errors(command: Callable) -> Callable:
 
         try:
             return command(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError, raised by `fail` with its line printed already
+            raise
         except KeyboardInterrupt:
             err.print("[yellow]Interrupted.[/] What was finished is kept; the same command goes on from there.")
             raise typer.Exit(130) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tiny_pairs import OPENINGS, tiny_pairs
 
 from paving.backbone import pad_left, render_ids
 from paving.backbone.hooks import edit_module_inputs, edit_module_outputs
@@ -15,6 +14,7 @@ from paving.circuit.mask import CircuitError
 from paving.circuit.objective import last_logits, objective, references
 from paving.circuit.pairs import Pair
 from tiny_models import hooks_on, tiny_backbone
+from tiny_pairs import OPENINGS, tiny_pairs
 
 PAIRS = tiny_pairs(4)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_pairs import tiny_pairs, write_pairs
 
 from paving.circuit.mask import CircuitError
 from paving.circuit.pairs import Pair, categories_in, read_pairs, split_pairs
+from tiny_pairs import tiny_pairs, write_pairs
 
 
 def test_a_row_without_its_category_has_no_pair(tmp_path):
@@ -47,6 +47,29 @@ def test_the_split_is_drawn_by_its_seed_and_parts_no_benign_text():
     assert not {p.benign for p in train} & {p.benign for p in calibration}
     assert (train, calibration) == split_pairs(list(reversed(pairs)), 5, seed=1)
     assert split_pairs(pairs, 5, seed=1) != split_pairs(pairs, 5, seed=2)
+
+
+def test_the_split_parts_no_harmful_text_either_however_texts_are_joined():
+    joined = [Pair("x", "A request", "b1"), Pair("y", "a request ", "b2"), Pair("z", "another", "B2")]
+    for seed in range(20):
+        train, calibration = split_pairs([*tiny_pairs(6), *joined], 3, seed=seed)
+        assert len({p in train for p in joined}) == 1
+        assert len(train) + len(calibration) == 9
+
+
+@pytest.mark.parametrize("ids", [("a", "a"), ("pairs-2", None), (1, "1")])
+def test_an_id_stands_for_one_pair(tmp_path, ids):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"id": i, "base": f"b{n}", "harm": f"h{n}"} for n, i in enumerate(ids)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(CircuitError, match=r"pairs.jsonl:2 has the id '.*' of an earlier pair"):
+        read_pairs(path, "harm")
+
+
+@pytest.mark.parametrize("column", ["id", "base"])
+def test_neither_ids_nor_benign_texts_are_a_category(tmp_path, column):
+    with pytest.raises(CircuitError, match="no pairs for the category"):
+        read_pairs(write_pairs(tmp_path / "pairs.jsonl", tiny_pairs(3)), column)
 
 
 def test_calibration_may_not_take_everything():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -124,6 +125,22 @@ def test_an_interrupted_overwrite_keeps_what_was_there(delta, folder, monkeypatc
     with pytest.raises(CircuitError, match="full"):
         save_delta(with_metrics(delta, {}), folder, overwrite=True)
     assert load_delta(folder).description == delta.description
+
+
+def test_an_overwrite_that_is_stopped_between_its_two_renames_puts_the_old_one_back(delta, folder, tmp_path, monkeypatch):
+    rename, renamed = os.replace, []
+
+    def stopped(source, target):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_delta(with_metrics(delta, {}), folder, overwrite=True)
+    assert load_delta(folder).description == delta.description
+    assert [p.name for p in tmp_path.iterdir()] == ["delta"]
 
 
 def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):

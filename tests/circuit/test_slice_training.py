@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from tiny_pairs import OPENINGS, tiny_pairs
 
 from paving.backbone import BackboneError, render_ids
 from paving.backbone.projections import ffn_outputs
@@ -16,6 +15,7 @@ from paving.circuit.slices import CircuitEdit, SliceDelta, slice_of
 from paving.training.opening_examples import Example, opening_examples
 from paving.training.packing import answer_cross_entropy, check_packing, packed_logits
 from tiny_models import batch_of, hooks_on, logits_of, some_prompts, tiny_backbone
+from tiny_pairs import OPENINGS, tiny_pairs
 
 PAIRS = tiny_pairs(6)
 TEXTS = [p.harmful for p in PAIRS]

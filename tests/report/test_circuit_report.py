@@ -126,12 +126,15 @@ def test_a_limit_is_met_or_not_on_either_split(policy):
 def test_a_strength_that_was_not_chosen_is_said_so(policy):
     points = [p.model_copy(update={"chosen": False}) for p in policy.frontier["c-delta-theta"]]
     none_chosen = with_frontier(policy, "c-delta-theta", points)
+    own = with_row(none_chosen, "c-delta-theta", strength=0.7)
+    assert "its strength of 0.7 is its owner's, and was not tried" in policy_sentences(own)[0]
     assert "none of the 5 strengths tried on the calibration split was chosen" in policy_sentences(none_chosen)[0]
     assert "c-delta-theta: none chosen" in figures.frontier(none_chosen)
 
 
 def test_a_run_without_controls_says_nothing_of_them(policy, small):
-    alone = policy.model_copy(update={"rows": policy.rows[:2]})
+    frontier = {"c-delta-theta": policy.frontier["c-delta-theta"]}
+    alone = policy.model_copy(update={"rows": policy.rows[:2], "frontier": frontier})
     assert len(policy_sentences(alone)) == 2
     base_only = small.model_copy(update={"rows": small.rows[:1]})
     assert "no row c-delta-theta, so it shows no effect of a circuit" in policy_sentences(base_only)[0]
@@ -167,6 +170,15 @@ def test_a_value_a_layer_does_not_have_is_a_cross_and_not_a_zero(policy, monkeyp
     none = policy.model_copy(update={"layers": [x.model_copy(update={"delta_norm": None}) for x in policy.layers]})
     *_, norms = drawn(monkeypatch, figures.layers, none).axes
     assert [text.get_text() for text in norms.texts] == ["n/a (n=0): no norms recorded"]
+
+
+def test_what_has_no_figures_is_said(policy):
+    """A row without a strength within the limit is absent from every table, not at zero."""
+    assert not page.absences(policy)
+    absent = policy.model_copy(update={"rows": [r for r in policy.rows if r.name != "ws"], "left_out": 3})
+    row, prompts = page.absences(absent)
+    assert "No strength of ws kept within the limit" in row and "3 held-out prompts" in prompts
+    assert row in Parsed(page.render(absent)).text
 
 
 def test_the_frontier_is_drawn_as_it_was_measured(policy, monkeypatch):

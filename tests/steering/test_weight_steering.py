@@ -216,12 +216,16 @@ def test_a_saved_delta_comes_back_as_it_was_and_holds_nothing_but_the_difference
         assert set(file.keys()) == set(fitted.values)
 
 
-def test_fitting_writes_no_file(own, tmp_path, monkeypatch):
+def test_fitting_writes_no_file(own, fitted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written = []
-    monkeypatch.setattr("safetensors.torch.save_file", lambda *args, **_: written.append(args))
+    for write in ("safetensors.torch.serialize_file", "torch.save"):  # below whatever name a module knows them by
+        monkeypatch.setattr(write, lambda *args, **_: written.append(args))
     fit_weight_steering(own, HARMFUL[:4], OPENINGS, QUICK.model_copy(update={"epochs": 1}))
     assert written == [] and list(tmp_path.iterdir()) == []
+    with pytest.raises(SteeringError, match="cannot write"):  # as nothing is: what is watched is what saving calls
+        save_weight_delta(fitted, tmp_path / "ws.safetensors")
+    assert written
 
 
 def test_files_that_are_no_delta_are_refused(own, fitted, tmp_path):

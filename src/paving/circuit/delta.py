@@ -59,10 +59,14 @@ class Delta:
         return CircuitEdit(self.slices, self.checked_alpha(alpha))
 
     def checked_alpha(self, alpha: float | None) -> float:
-        alpha = self.alpha if alpha is None else float(alpha)
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise CircuitError(f"alpha {alpha} cannot be used: give a positive number. C-ΔΘ adds refusal; 0 is the base.")
-        return alpha
+        return check_alpha(self.alpha if alpha is None else float(alpha))
+
+
+def check_alpha(alpha: float) -> float:
+    """The same alpha. raises CircuitError unless it is a positive, finite number"""
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise CircuitError(f"alpha {alpha} cannot be used: give a positive number. C-ΔΘ adds refusal; 0 is the base.")
+    return alpha
 
 
 def make_delta(

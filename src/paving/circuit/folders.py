@@ -53,8 +53,13 @@ def _rename(partial: Path, out: Path) -> None:
         os.replace(partial, out)
         return
     old = out.parent / f".partial-{out.name}-{secrets.token_hex(4)}"
-    os.replace(out, old)
-    os.replace(partial, out)
+    try:
+        os.replace(out, old)
+        os.replace(partial, out)
+    except BaseException:  # Ctrl-C between the two must not leave the place empty
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,19 +25,24 @@ def read_pairs(path: Path | str, category: str, *, benign: str = "base", limit: 
 
     A row whose category or benign column is empty has no pair and is left out.
 
-    raises CircuitError for a broken line, or a category without pairs, naming the columns that there are
+    raises CircuitError for a broken line, an id that is there twice, or a category without pairs, naming the columns
+    that there are
     """
-    pairs = []
+    pairs: dict[str, Pair] = {}
     for number, row in _rows(path):
-        if _text(row.get(category)) and _text(row.get(benign)):
-            name = str(row.get("id", f"{Path(path).stem}-{number}"))
-            pairs.append(Pair(name, row[category], row[benign]))
+        if category not in {"id", benign} and _text(row.get(category)) and _text(row.get(benign)):
+            name = f"{Path(path).stem}-{number}" if row.get("id") is None else str(row["id"])
+            if name in pairs:  # answers are kept by id: one would stand for both
+                raise CircuitError(
+                    f"{path}:{number} has the id {name!r} of an earlier pair. Give each row an id of its own."
+                )
+            pairs[name] = Pair(name, row[category], row[benign])
     if not pairs:
         raise CircuitError(
             f"{path} has no pairs for the category {category!r} with benign column {benign!r}. "
             f"Its other text columns: {', '.join(categories_in(path, benign=benign)) or 'none'}."
         )
-    return tuple(pairs[:limit])
+    return tuple(pairs.values())[:limit]
 
 
 def categories_in(path: Path | str, *, benign: str = "base") -> tuple[str, ...]:
@@ -64,17 +69,35 @@ def _text(value: object) -> bool:
 
 
 def split_pairs(pairs: Sequence[Pair], calibration: int, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-    """(train, calibration), drawn with `seed`; rows of one benign text stay on one side.
+    """(train, calibration), drawn with `seed`; rows that share a benign or a harmful text stay on one side.
 
     raises CircuitError if nothing is left to train on
     """
     order = sorted({p.benign.strip().lower() for p in pairs})
     random.Random(seed).shuffle(order)
-    rank = {text: i for i, text in enumerate(order)}
-    drawn = sorted(pairs, key=lambda p: (rank[p.benign.strip().lower()], p.id))
+    place = _places(pairs, {text: i for i, text in enumerate(order)})
+    drawn = sorted(pairs, key=lambda p: (place[p], p.id))
     cut = calibration
-    while 0 < cut < len(drawn) and drawn[cut].benign.strip().lower() == drawn[cut - 1].benign.strip().lower():
+    while 0 < cut < len(drawn) and place[drawn[cut]] == place[drawn[cut - 1]]:
         cut += 1
     if not drawn[cut:]:
         raise CircuitError(f"{len(pairs)} pairs leave none to train on after {calibration} for calibration. Give more.")
     return tuple(drawn[cut:]), tuple(drawn[:cut])
+
+
+def _places(pairs: Sequence[Pair], rank: Mapping[str, int]) -> dict[Pair, int]:
+    """The rank of a pair's benign text, or the lowest among all pairs that a shared text joins to it, however indirectly."""
+    place = {p: rank[p.benign.strip().lower()] for p in pairs}
+    joined = True
+    while joined:
+        joined = False
+        for side in ("benign", "harmful"):
+            lowest: dict[str, int] = {}
+            for p in pairs:
+                text = getattr(p, side).strip().lower()
+                lowest[text] = min(place[p], lowest.get(text, place[p]))
+            for p in pairs:
+                found = lowest[getattr(p, side).strip().lower()]
+                joined |= found < place[p]
+                place[p] = found
+    return place

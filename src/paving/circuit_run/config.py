@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from paving.backbone import EMBEDDED
@@ -14,18 +16,22 @@ from paving.generation import Decoding
 
 
 class StrengthConfig(BaseModel):
-    """The search for α on the calibration split. limit: most benign over-refusal, a fraction (the paper's mean: 4.2 %)."""
+    """The search for α on the calibration split.
+
+    limit           most benign over-refusal, a fraction (the paper's mean: 4.2 %)
+    max_new_tokens  None decodes what the run decodes: shorter answers hide what breaks later in them
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
     limit: float = Field(0.042, ge=0, le=1)
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
 
     @field_validator("alphas")
     @classmethod
     def _positive(cls, alphas: tuple[float, ...]) -> tuple[float, ...]:
-        if not alphas or min(alphas) <= 0:
+        if not alphas or not all(math.isfinite(a) and a > 0 for a in alphas):
             raise ValueError("alphas must be positive and at least one; 0 is the base.")
         return tuple(sorted(set(alphas)))
 
@@ -41,6 +47,8 @@ class CircuitConfig(BaseModel):
     edges        take channels only from layers whose FFN stands in the greedy edge-level circuit of so many edges
     edge_pairs   how many training pairs that circuit is found on
     own_tokens   length of the base's own benign answers in the retain term
+    seed         of the split, the references and the random circuit; arithmetic.seed is that of every fine-tune and of
+                 the openings drawn for it (--seed sets both)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,9 +83,11 @@ class CircuitConfig(BaseModel):
         return str(judge_line(line))
 
 
-# What --recipe lays over the defaults. `published` is the paper's; `selective` keeps the base's benign answers in both
-# fine-tunes, without which a small model learns to refuse everything (docs/results.md).
+# What --recipe lays over a configuration, setting by setting. `published` is the paper's; `selective` keeps the base's
+# benign answers in both fine-tunes, without which a small model learns to refuse everything (docs/results.md).
 RECIPES: dict[str, dict] = {
-    "published": {},
+    "published": {
+        "arithmetic": ArithmeticConfig().model_dump(include={"retain", "learning_rate", "epochs", "minus"}),
+    },
     "selective": {"arithmetic": {"retain": "kl", "learning_rate": 5e-5, "epochs": 3}},
 }

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from paving.backbone import Backbone, PromptBatch
 from paving.circuit.delta import Delta, with_metrics
 from paving.circuit.delta_files import load_delta, save_delta, weights_sha256
-from paving.circuit.pairs import Pair, categories_in, read_pairs
+from paving.circuit.pairs import Pair
 from paving.circuit_run.config import CircuitConfig
 from paving.circuit_run.folder import load_circuit, read_circuit_config
-from paving.circuit_run.inputs import benign_prompts, harmful_prompts, pairs_of
+from paving.circuit_run.inputs import held_out_sets, pairs_of, set_name
 from paving.circuit_run.rows import Comparator, Fitted, comparator
-from paving.circuit_run.stages import strengths_of
+from paving.circuit_run.stages import judged_by, kept_strengths, read_strengths, strengths_of
 from paving.evaluation.judges import Judge
 from paving.evaluation.refusal_policy import (
     BENIGN,
@@ -32,11 +31,9 @@ from paving.evaluation.refusal_policy import (
 from paving.evaluation.statistics import wilson
 from paving.evaluation.three_way import Protocol, RowSpec
 from paving.intervention import Applied, Identity, Intervention
-from paving.prompts.readers import read_prompts
-from paving.prompts.types import Bucket
 from paving.report import write_circuit_report
 from paving.run import Means
-from paving.run_folder import RunError, write_json, write_text
+from paving.run_folder import RunError, write_text
 from paving.run_records import examples_of
 from paving.traces.store import TraceStore
 from paving.training.strength import StrengthPoint, choose_strength
@@ -56,21 +53,34 @@ def evaluate(
 
     against  rows of paving.circuit_run.rows: inverse, random, as, cast, ws
     ood      prompt files or datasets that the circuit was not found on; what they should do is not judged, only what changed
+    Rows and sources of an earlier evaluation stay.
+
     raises   RunError without a finished delta or held-out pairs
     """
     config = read_circuit_config(folder)
-    others = [comparator(name) for name in dict.fromkeys(against)]  # an unknown row is refused before minutes are spent
-    sets = prompt_sets(config, ood)
+    names, sources = with_earlier(folder, against, ood)
+    others = [comparator(name) for name in names]  # an unknown row is refused before minutes are spent
+    sets, left_out = held_out_sets(config, sources)
     if not (folder / "delta").exists():
         raise RunError(f"{folder} has no finished delta. Train it first: paving circuit edit {folder}")
     delta = load_delta(folder / "delta")
     backbone = means.load(config.model, config.dtype)
+    load_circuit(folder, backbone.fingerprint)  # the files behind a model's name may have changed since
+    by, curve = read_strengths(folder / "strengths.json")
+    if by != judged_by(config, judge):
+        raise RunError(
+            f"α of {folder} was chosen by the judge {by}; by {judged_by(config, judge)} the other rows' strengths would "
+            f"be chosen on other grounds. Evaluate with {by}."
+        )
+    if delta.description.base.fingerprint != backbone.fingerprint:
+        raise RunError(f"{folder / 'delta'} was not made on {config.model} as it is now. Put back the run's own delta.")
+    if left_out:
+        means.say(f"left out: {left_out} held-out prompts that stand among the run's own pairs")
     train, calibration = pairs_of(config)
     protocol = Protocol(config.decoding, judge or means.judge(config.judge))
     measure = _Rows(backbone, sets, protocol, folder, means)
     rows = [measure.row(Identity(), "reference", None, "base")]
     rows.append(measure.row(delta.edit(), "edit", delta.alpha, f"{weights_sha256(delta)}/{delta.alpha}"))
-    curve = [StrengthPoint(**p) for p in json.loads((folder / "strengths.json").read_text(encoding="utf-8"))]
     frontier = {EDIT: frontier_points(curve, delta.alpha)}
     for other in others:
         fitting = _Fitting(other, backbone, config, train, folder, means)
@@ -88,6 +98,8 @@ def evaluate(
         judge=protocol.judge.name,
         decoding=config.decoding.model_dump(),
         pairs={"train": len(train), "calibration": len(calibration), "held_out": len(sets[0].prompts)},
+        ood=sources,
+        left_out=left_out,
         over_refusal_limit=config.strength.limit,
         touched=touched(backbone, delta),
         layers=layer_summaries(folder, delta),
@@ -127,26 +139,21 @@ def card_metrics(row: PolicyRow) -> dict[str, dict]:
     return found | broken
 
 
-def prompt_sets(config: CircuitConfig, ood: Sequence[str]) -> list[PromptSet]:
-    """The category first, then benign prompts, the other categories of the file, other sources."""
-    if config.held_out is None:
-        raise RunError(
-            "this run has no held-out pairs: what the calibration split shows, α was chosen on. "
-            "Start another with --held-out FILE (pairs of the same layout)."
-        )
-
-    def pairs(category: str) -> tuple[Pair, ...]:
-        return read_pairs(config.held_out, category, benign=config.benign, limit=config.held_out_limit)
-
-    own = pairs(config.category)
-    sets = [PromptSet(config.category, CATEGORY, harmful_prompts(own)), PromptSet(BENIGN, BENIGN, benign_prompts(own))]
-    for name in categories_in(config.held_out, benign=config.benign):
-        if name != config.category:
-            sets.append(PromptSet(name, "other", harmful_prompts(pairs(name))))
+def with_earlier(folder: Path, against: Sequence[str], ood: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(comparators, name -> source of other prompts) with those of an earlier evaluation: asking for one more must not
+    take away another. A metrics.json that cannot be read adds none: evaluating again is how it is mended."""
+    names, sources = [], {}
+    with suppress(FileNotFoundError, ValueError):  # absent; damaged, or of another version
+        earlier = PolicyMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8"))
+        names, sources = [name for name in earlier.frontier if name != EDIT], dict(earlier.ood)
     for source in ood:
-        prompts = read_prompts(source, Bucket.HARMFUL_KEEP, limit=config.held_out_limit)
-        sets.append(PromptSet(Path(source.partition("?")[0]).stem, "ood", prompts))
-    return sets
+        name = set_name(source)
+        if sources.setdefault(name, source) != source:
+            raise RunError(
+                f"two sources of prompts are called {name!r}: {sources[name]} and {source}. Rename one; where the first is "
+                f"of an earlier evaluation, moving {folder / 'metrics.json'} away leaves it out."
+            )
+    return list(dict.fromkeys([*names, *against])), sources
 
 
 class _Rows:
@@ -192,16 +199,15 @@ class _Deferred:
         return self.fitting.fitted.at(self.strength).apply(backbone, batch)
 
 
-def _points(fitting: _Fitting, calibration: Sequence[Pair], judge: Judge | None) -> list[StrengthPoint]:
+def _points(fitting: _Fitting, calibration: Sequence[Pair], judge: Judge | None) -> Sequence[StrengthPoint]:
     """The comparator on the calibration pairs, strength by strength; kept in comparators/NAME.json."""
+
+    def measure() -> Sequence[StrengthPoint]:
+        found = fitting.fitted
+        return strengths_of(fitting.backbone, fitting.config, calibration, found.at, found.strengths, fitting.means, judge)
+
     path = fitting.folder / "comparators" / f"{fitting.name}.json"
-    if path.exists():
-        return [StrengthPoint(**p) for p in json.loads(path.read_text(encoding="utf-8"))]
-    found = fitting.fitted
-    points = strengths_of(fitting.backbone, fitting.config, calibration, found.at, found.strengths, fitting.means, judge)
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, [asdict(p) for p in points])
-    return list(points)
+    return kept_strengths(path, judged_by(fitting.config, judge), measure)
 
 
 def _recipe_key(config: CircuitConfig, name: str, strength: float) -> str:

@@ -42,6 +42,13 @@ def open_circuit_run(config: CircuitConfig, folder: Path) -> None:
 
 
 def save_circuit(folder: Path, mask: Mask, scores: dict[int, Tensor], base_fingerprint: str) -> None:
+    """raises RunError where what was made of another circuit is left: Δθ of its channels would be put on these"""
+    left = [name for name in ("slices.safetensors", "strengths.json", "comparators", "delta") if (folder / name).exists()]
+    if left:
+        raise RunError(
+            f"{folder} has no circuit.json, but {', '.join(left)}, made of a circuit that is gone. Find this one in another "
+            "folder, or move them away."
+        )
     write_json(
         folder / "circuit.json",
         {
@@ -59,11 +66,15 @@ def load_circuit(folder: Path, base_fingerprint: str | None = None) -> tuple[Mas
     path = folder / "circuit.json"
     if not path.exists():
         raise RunError(f"{folder} has no circuit yet. Find it first: paving circuit find --out {folder} ...")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        mask = Mask(found["reading"], found["n"], {int(layer): tuple(c) for layer, c in found["channels"].items()})
+        scores = {int(layer): torch.tensor(s, dtype=torch.float64) for layer, s in found["scores"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged. Find the circuit again in another folder: paving circuit find --help") from error
     if base_fingerprint not in (None, found["base_fingerprint"]):
         raise CircuitError(
             f"the circuit in {folder} was found on a base with fingerprint {found['base_fingerprint']}; this one has "
             f"{base_fingerprint}. Find the circuit of this base: paving circuit find --out ANOTHER_FOLDER ..."
         )
-    mask = Mask(found["reading"], found["n"], {int(layer): tuple(c) for layer, c in found["channels"].items()})
-    return mask, {int(layer): torch.tensor(s, dtype=torch.float64) for layer, s in found["scores"].items()}
+    return mask, scores

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from paving.backbone import Backbone, render_ids
-from paving.circuit.pairs import Pair, read_pairs, split_pairs
+from paving.circuit.pairs import Pair, categories_in, read_pairs, split_pairs
 from paving.circuit_run.config import CircuitConfig
+from paving.evaluation.refusal_policy import BENIGN, CATEGORY, PromptSet
 from paving.generation import Decoding, generate
 from paving.intervention import Identity
+from paving.prompts.leakage import normalised
+from paving.prompts.readers import read_prompts
 from paving.prompts.types import Bucket, Prompt
 from paving.run import Means
+from paving.run_folder import RunError
 from paving.training.opening_examples import Example
 from paving.training.openings import Openings, openings, read_openings
 
@@ -31,6 +38,60 @@ def harmful_prompts(pairs: Sequence[Pair]) -> list[Prompt]:
 
 def benign_prompts(pairs: Sequence[Pair]) -> list[Prompt]:
     return [Prompt(f"{p.id}/benign", p.benign, Bucket.BENIGN_KEEP, group=p.id) for p in pairs]
+
+
+def held_out_sets(config: CircuitConfig, ood: Mapping[str, str]) -> tuple[list[PromptSet], int]:
+    """(sets, how many prompts were left out): the category first, then benign prompts, other categories, other sources.
+
+    ood  name of the set -> prompt file or dataset
+    What stands among the run's own pairs, in either split and on either side, is left out: the edit was trained or its
+    α chosen on it, and public sets repeat themselves.
+
+    raises RunError without held-out pairs, if nothing of a set is left, or for two sets of one name
+    """
+    if config.held_out is None:
+        raise RunError(
+            "this run has no held-out pairs: what the calibration split shows, α was chosen on. "
+            "Start another with --held-out FILE (pairs of the same layout)."
+        )
+
+    def pairs(category: str) -> tuple[Pair, ...]:
+        return read_pairs(config.held_out, category, benign=config.benign, limit=config.held_out_limit)
+
+    own = pairs(config.category)
+    sets = [PromptSet(config.category, CATEGORY, harmful_prompts(own)), PromptSet(BENIGN, BENIGN, benign_prompts(own))]
+    for name in categories_in(config.held_out, benign=config.benign):
+        if name != config.category:
+            sets.append(PromptSet(name, "other", harmful_prompts(pairs(name))))
+    for name, source in ood.items():
+        sets.append(PromptSet(name, "ood", read_prompts(source, Bucket.HARMFUL_KEEP, limit=config.held_out_limit)))
+    _check_names(sets)
+    seen = {normalised(text) for split in pairs_of(config) for p in split for text in (p.harmful, p.benign)}
+    unseen = [replace(s, prompts=[p for p in s.prompts if normalised(p.text) not in seen]) for s in sets]
+    for s in unseen:
+        if not s.prompts:
+            raise RunError(
+                f"every held-out prompt of the set {s.name!r} stands in {config.pairs} too, so nothing of it is held out. "
+                "Give prompts that the run has not seen."
+            )
+    return unseen, sum(len(s.prompts) for s in sets) - sum(len(s.prompts) for s in unseen)
+
+
+def set_name(source: str) -> str:
+    """What the prompts of a file or dataset are called in tables and folders."""
+    return Path(source.partition("?")[0]).stem
+
+
+def _check_names(sets: Sequence[PromptSet]) -> None:
+    """A set's answers lie in a folder of its name: two of one name would be taken for each other."""
+    for i, s in enumerate(sets):
+        if not re.fullmatch(r"[\w][\w. -]*", s.name):
+            raise RunError(f"a set of prompts is called {s.name!r}: rename the column or file, without slashes or signs.")
+        if s.name.casefold() in {earlier.name.casefold() for earlier in sets[:i]}:
+            raise RunError(
+                f"two sets of prompts are called {s.name!r}. Categories, benign prompts and every --ood source need "
+                "names of their own: rename the column or file."
+            )
 
 
 def own_answers(backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], means: Means) -> tuple[Example, ...]:

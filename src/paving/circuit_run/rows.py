@@ -20,6 +20,7 @@ from paving.circuit_run.inputs import openings_of, own_answers
 from paving.intervention import Intervention
 from paving.run import Means
 from paving.steering.activation_steering import fit_activation_steering
+from paving.steering.behaviour import BehaviourConfig
 from paving.steering.cast import fit_cast
 from paving.steering.weight_steering import WeightSteering, WeightSteeringConfig, fit_weight_steering
 
@@ -71,14 +72,14 @@ def _other_circuit(choice: Choice) -> Callable[..., Fitted]:
 def _activation_steering(
     backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means
 ) -> Fitted:
-    fitted = fit_activation_steering(backbone, _texts(train), openings_of(config))
+    fitted = fit_activation_steering(backbone, _texts(train), openings_of(config), _behaviour(config))
     return Fitted(lambda s: replace(fitted, strength=s), _of_the_gap(fitted.behaviour.gaps.values()))
 
 
 def _conditional_steering(
     backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means
 ) -> Fitted:
-    fitted = fit_cast(backbone, _texts(train), openings_of(config))
+    fitted = fit_cast(backbone, _texts(train), openings_of(config), _behaviour(config))
     return Fitted(lambda s: replace(fitted, strength=s), _of_the_gap(fitted.behaviour.gaps.values()))
 
 
@@ -90,6 +91,10 @@ def _weight_steering(backbone: Backbone, config: CircuitConfig, train: Sequence[
     harmful = [p.harmful for p in train]
     delta = fit_weight_steering(backbone, harmful, openings_of(config), settings, say=means.say)
     return Fitted(lambda a: WeightSteering(delta, a), config.strength.alphas)
+
+
+def _behaviour(config: CircuitConfig) -> BehaviourConfig:
+    return BehaviourConfig(seed=config.arithmetic.seed)  # which opening each prompt gets, as for the fine-tunes
 
 
 def _texts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from paving.backbone import Backbone
 from paving.circuit import edges
 from paving.circuit.arithmetic import weight_delta
 from paving.circuit.attribution import attribute
-from paving.circuit.delta import Delta, make_delta
+from paving.circuit.delta import Delta, check_alpha, make_delta
 from paving.circuit.delta_files import load_delta, save_delta
 from paving.circuit.mask import CircuitError, Mask, choose
 from paving.circuit.objective import Objective, objective, references
@@ -22,7 +23,14 @@ from paving.circuit.pairs import Pair
 from paving.circuit.slices import CircuitEdit, SliceDelta
 from paving.circuit_run.config import CircuitConfig
 from paving.circuit_run.folder import load_circuit, open_circuit_run, read_circuit_config, save_circuit
-from paving.circuit_run.inputs import benign_prompts, harmful_prompts, openings_of, own_answers, pairs_of
+from paving.circuit_run.inputs import (
+    benign_prompts,
+    harmful_prompts,
+    held_out_sets,
+    openings_of,
+    own_answers,
+    pairs_of,
+)
 from paving.evaluation.judges import Judge
 from paving.generation import Decoding
 from paving.intervention import Intervention
@@ -35,6 +43,8 @@ def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
     """EAP-IG over the training pairs -> the circuit, in circuit.json; taken from there if it is."""
     train, _ = pairs_of(config)  # a bad file is refused before a model is loaded or a folder made
     phrases = openings_of(config)
+    if config.held_out is not None:
+        held_out_sets(config, {})  # not after hours of training
     backbone = means.load(config.model, config.dtype)
     open_circuit_run(config, folder)
     if (folder / "circuit.json").exists():
@@ -56,6 +66,8 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
     raises RunError if no α keeps to the limit; Δθ and the curve are kept, and --alpha takes one of them
     """
     config = read_circuit_config(folder)
+    if alpha is not None:
+        check_alpha(alpha)
     backbone = means.load(config.model, config.dtype)
     mask, scores = load_circuit(folder, backbone.fingerprint)
     if (folder / "delta").exists():
@@ -83,7 +95,7 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
         backbone,
         slices,
         category=config.category,
-        alpha=alpha or chosen.strength,
+        alpha=chosen.strength if alpha is None else alpha,
         scores=scores,
         recipe=calibration_point(chosen)
         | config.model_dump(
@@ -125,7 +137,10 @@ def trained_slices(
     """Δθ = θ+ − θ− (or θ+ − θ0), in `folder`/slices.safetensors; taken from there if it is. θ− is never written."""
     path = folder / "slices.safetensors"
     if path.exists():
-        return SliceDelta(mask, {int(name): values for name, values in load_file(path).items()})
+        try:
+            return SliceDelta(mask, {int(name): values for name, values in load_file(path).items()})
+        except (SafetensorError, ValueError) as error:
+            raise RunError(f"{path} is damaged ({error}). Remove it; the same command trains it again.") from error
     own = own_answers(backbone, config, train, means) if config.arithmetic.retain != "none" else ()
     slices = weight_delta(backbone, train, mask, openings_of(config), config.arithmetic, own=own, watch=means.watch)
     partial = path.with_suffix(".partial")
@@ -144,14 +159,40 @@ def calibrated(
     judge: Judge | None,
 ) -> tuple[StrengthPoint, ...]:
     """Refusal of the category against over-refusal at every α, in strengths.json; taken from there if it is."""
-    path = folder / "strengths.json"
+
+    def measure() -> Sequence[StrengthPoint]:
+        return strengths_of(
+            backbone, config, calibration, lambda a: CircuitEdit(slices, a), config.strength.alphas, means, judge
+        )
+
+    return kept_strengths(folder / "strengths.json", judged_by(config, judge), measure)
+
+
+def judged_by(config: CircuitConfig, judge: Judge | None) -> str:
+    return config.judge if judge is None else judge.name
+
+
+def kept_strengths(path: Path, judge: str, measure: Callable[[], Sequence[StrengthPoint]]) -> tuple[StrengthPoint, ...]:
+    """The points in `path`; measured, and written there, where there are none or another judge counted them."""
     if path.exists():
-        return tuple(StrengthPoint(**p) for p in json.loads(path.read_text(encoding="utf-8")))
-    points = strengths_of(
-        backbone, config, calibration, lambda a: CircuitEdit(slices, a), config.strength.alphas, means, judge
-    )
-    write_json(path, [asdict(p) for p in points])
+        by, points = read_strengths(path)
+        if by == judge:
+            return points
+    points = tuple(measure())
+    write_json(path, {"judge": judge, "points": [asdict(p) for p in points]})
     return points
+
+
+def read_strengths(path: Path) -> tuple[str, tuple[StrengthPoint, ...]]:
+    """(judge, points). raises RunError for a file that cannot be read"""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found["judge"], tuple(StrengthPoint(**p) for p in found["points"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(
+            f"{path} is missing or damaged. Move it away, and for strengths.json the delta beside it: the "
+            "command that wrote them makes them again."
+        ) from error
 
 
 def strengths_of(
@@ -165,7 +206,8 @@ def strengths_of(
 ) -> tuple[StrengthPoint, ...]:
     """The same rule for every method: refusal and over-refusal on the calibration pairs, strength by strength."""
     labels = labels_of(judge or means.judge(config.judge))
-    decoding = Decoding(max_new_tokens=config.strength.max_new_tokens)
+    shorter = config.strength.max_new_tokens
+    decoding = config.decoding if shorter is None else Decoding(max_new_tokens=shorter)
     harmful, benign = harmful_prompts(calibration), benign_prompts(calibration)
     return sweep(backbone, harmful, benign, at, strengths, labels, decoding, stage=means.stage)
 

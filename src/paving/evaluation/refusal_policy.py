@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from paving.backbone import Backbone
 from paving.evaluation.judges import Label
 from paving.evaluation.paired import paired_rates
@@ -72,7 +74,13 @@ class LayerSummary(Record):
 
 
 class PolicyMetrics(Record):
-    """What `metrics.json` of a circuit run holds. over_refusal_limit: a fraction; touched: share of the parameters."""
+    """What `metrics.json` of a circuit run holds.
+
+    over_refusal_limit  a fraction
+    touched             share of the parameters
+    ood                 name of a set of further prompts -> file or dataset
+    left_out            held-out prompts that stand among the run's own pairs, and were not asked
+    """
 
     schema_version: int = 1
     run: str
@@ -82,6 +90,8 @@ class PolicyMetrics(Record):
     judge: str
     decoding: dict[str, Any]
     pairs: dict[str, int]
+    ood: dict[str, str] = Field(default_factory=dict)
+    left_out: int = 0
     over_refusal_limit: float
     touched: float
     layers: list[LayerSummary]

@@ -76,7 +76,7 @@ def policy_sentences(metrics: PolicyMetrics) -> list[str]:
     if row is None:
         return [f"This run has no row {tables.EDITED}, so it shows no effect of a circuit: n/a (n=0)."]
     sentences = [finding(metrics, row), failures(metrics, row)]
-    return [*sentences, *controls(metrics, row)]
+    return [*sentences, *controls(metrics, row), *absences(metrics)]
 
 
 def finding(metrics: PolicyMetrics, row: PolicyRow) -> str:
@@ -95,6 +95,8 @@ def _choice(metrics: PolicyMetrics, row: PolicyRow) -> str:
     points, point = metrics.frontier.get(row.name, []), tables.chosen_point(metrics, row.name)
     if not points:
         return f"its strength was not tried on the calibration split: {missing()}"
+    if point is None and row.strength is not None and row.strength not in {p.strength for p in points}:
+        return f"its strength of {row.strength:g} is its owner's, and was not tried on the calibration split"
     if point is None:
         return f"none of the {len(points)} strengths tried on the calibration split was chosen"
     chosen = f"its strength of {point.strength:g} was chosen on the calibration split"
@@ -126,6 +128,22 @@ def controls(metrics: PolicyMetrics, row: PolicyRow) -> list[str]:
         "Circuits of the same size that attribution did not choose refuse, of category and benign prompts: "
         f"{', '.join(_both(metrics, control) for control in found)}; against {_both(metrics, row)}."
     ]
+
+
+def absences(metrics: PolicyMetrics) -> list[str]:
+    """What was asked for and has no figures: rows without a strength within the limit, prompts that were not held out."""
+    absent = [name for name in metrics.frontier if tables.row_named(metrics, name) is None]
+    sentences = []
+    if absent:
+        sentences.append(
+            f"No strength of {', '.join(absent)} kept within the limit on the calibration split, in over-refusal and in "
+            "broken answers: n/a on held-out prompts."
+        )
+    if metrics.left_out:
+        sentences.append(
+            f"{metrics.left_out} held-out prompts stand among the run's own pairs. They were left out and are in no figure."
+        )
+    return sentences
 
 
 def _both(metrics: PolicyMetrics, row: PolicyRow) -> str:
