@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 from paving.circuit_run import CircuitConfig, edit, evaluate, find
-from paving.circuit_run.config import RECIPES
+from paving.circuit_run.config import RECIPES, with_recipe
 from paving.evaluation.refusal_policy import FrontierPoint, PolicyMetrics
 from paving.evaluation.statistics import wilson
 from paving.run import Means
@@ -78,10 +78,9 @@ def configuration(args: argparse.Namespace, category: str, seed: int, recipe: st
         "category": category,
         "seed": seed,
         "attributed": 48,
-        **RECIPES[recipe],
+        "arithmetic": {"seed": seed},
     }
-    content["arithmetic"] = {**content.get("arithmetic", {}), "seed": seed}
-    return CircuitConfig.model_validate(content)
+    return CircuitConfig.model_validate(with_recipe(content, recipe))
 
 
 def summarise(out: Path, categories: Sequence[str], seeds: Sequence[int]) -> dict:

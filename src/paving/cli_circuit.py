@@ -128,6 +128,7 @@ def apply_delta(
     delta: DeltaFolder,
     folder: Annotated[Path, typer.Option("--out", help="Folder of the edited checkpoint; it must not exist.")],
     alpha: Annotated[float | None, typer.Option(help="Another α than the delta's own.")] = None,
+    prove: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove from the files what was changed.")] = True,
 ) -> None:
     """An ordinary checkpoint with the circuit edited: loads in plain transformers and any server that takes the base."""
     from paving.circuit.checkpoint import export_checkpoint
@@ -135,7 +136,8 @@ def apply_delta(
 
     export_checkpoint(base, load_delta(delta), alpha, folder)
     say(f"edited checkpoint: {folder}")
-    say(f"prove it: paving circuit verify {base} {folder} {delta}")
+    if prove:
+        verify_checkpoint(base, folder, delta, alpha)
 
 
 @app.command("remove")
@@ -187,7 +189,7 @@ def verify_checkpoint(
 
 def circuit_config(file: Path | None, recipe: str | None, **options):
     """The file's configuration, the recipe laid over it, then every option that was given."""
-    from paving.circuit_run.config import RECIPES, CircuitConfig
+    from paving.circuit_run.config import CircuitConfig, with_recipe
     from paving.run_folder import RunError
 
     content = {}
@@ -200,10 +202,7 @@ def circuit_config(file: Path | None, recipe: str | None, **options):
     if not isinstance(content, dict) or not all(isinstance(content.get(b, {}), dict) for b in blocks):
         raise RunError(f"{file} is no CircuitConfig: needed is a JSON object, and one for each of {', '.join(blocks)}.")
     if recipe is not None:
-        if recipe not in RECIPES:
-            raise ValueError(f"the recipe {recipe!r} is not known; allowed: {', '.join(RECIPES)}.")
-        # Setting by setting: a file's batch size is no part of a recipe that only names a learning rate.
-        content |= {block: {**content.get(block, {}), **settings} for block, settings in RECIPES[recipe].items()}
+        content = with_recipe(content, recipe)
     seed, reading = options.pop("seed"), options.pop("reading")
     content |= {k: v for k, v in options.items() if v is not None}
     if seed is not None:

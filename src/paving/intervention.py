@@ -46,6 +46,21 @@ class Intervention(Protocol):
 
 
 @dataclass(frozen=True)
+class Decided:
+    """Applied of a method that has decided before the first pass."""
+
+    states: tuple[RowState, ...]
+
+    def rows(self) -> tuple[RowState, ...]:
+        return self.states
+
+
+def everywhere(n: int, gate: float = 1.0) -> Decided:
+    """n rows edited alike, or none of them at gate 0."""
+    return Decided((RowState(gate=gate),) * n)
+
+
+@dataclass(frozen=True)
 class Untouched:
     """Applied of the identity: every gate closed."""
 

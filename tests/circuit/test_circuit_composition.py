@@ -9,12 +9,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from paving.backbone.weights import edited
 from paving.circuit.checkpoint import apply_to, remove_from
 from paving.circuit.compose import compose, subtract
 from paving.circuit.delta import same_bits, with_metrics
 from paving.circuit.delta_files import load_delta, save_delta, weights_sha256
 from paving.circuit.mask import CircuitError, Mask
-from paving.circuit.slices import edited, slice_of
+from paving.circuit.slices import slice_of
 from tiny_deltas import RATE, saved_llama, tiny_delta
 from tiny_models import batch_of, logits_of, some_prompts, tiny_backbone
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from paving.backbone import Backbone
 from paving.backbone.projections import ffn_outputs
+from paving.backbone.weights import edited
 from paving.circuit.description import Base, Component, Composition, Description, Layer, public_name
 from paving.circuit.mask import CircuitError, Mask
 from paving.circuit.overlap import merged, positions
-from paving.circuit.slices import CircuitEdit, SliceDelta, check_fits, edited, slice_of
+from paving.circuit.slices import CircuitEdit, SliceDelta, check_fits, slice_of
 
 
 @dataclass(frozen=True)

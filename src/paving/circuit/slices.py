@@ -11,8 +11,9 @@ from torch import Tensor
 
 from paving.backbone import Backbone, PromptBatch
 from paving.backbone.projections import Projection, ffn_outputs
+from paving.backbone.weights import edited
 from paving.circuit.mask import CircuitError, Mask
-from paving.intervention import RowState
+from paving.intervention import Decided, everywhere
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,6 @@ def write_slice(weight: Tensor, mask: Mask, layer: int, values: Tensor) -> None:
         weight.index_copy_(_dim(mask), mask.index(layer).to(weight.device), values.to(weight))
 
 
-def edited(base: Tensor, delta: Tensor, alpha: float) -> Tensor:
-    """θ0 + α·Δθ in float64, rounded once to the base's dtype: two elementwise operations, the same bits everywhere."""
-    change = delta.to(base.device).double() * alpha
-    return (base.double() + change).to(base.dtype)
-
-
 def check_fits(projections: Mapping[int, Projection], mask: Mask) -> None:
     """raises CircuitError if the mask was made for another architecture."""
     for layer in mask.channels:
@@ -57,16 +52,6 @@ def check_fits(projections: Mapping[int, Projection], mask: Mask) -> None:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """Applied of a weight edit: every row is edited."""
-
-    n: int
-
-    def rows(self) -> tuple[RowState, ...]:
-        return (RowState(gate=1.0),) * self.n
-
-
-@dataclass(frozen=True)
 class CircuitEdit:
     """θ0 + α·Δθ in memory, as an intervention. The base's own slices are put back when `apply` is left."""
 
@@ -75,9 +60,9 @@ class CircuitEdit:
     name: str = "c-delta-theta"
 
     @contextmanager
-    def apply(self, backbone: Backbone, batch: PromptBatch) -> Iterator[Whole]:
+    def apply(self, backbone: Backbone, batch: PromptBatch) -> Iterator[Decided]:
         with self.written(backbone):
-            yield Whole(len(batch))
+            yield everywhere(len(batch))
 
     @contextmanager
     def written(self, backbone: Backbone) -> Iterator[None]:

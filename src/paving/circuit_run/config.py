@@ -89,5 +89,18 @@ RECIPES: dict[str, dict] = {
     "published": {
         "arithmetic": ArithmeticConfig().model_dump(include={"retain", "learning_rate", "epochs", "minus"}),
     },
-    "selective": {"arithmetic": {"retain": "kl", "learning_rate": 5e-5, "epochs": 3}},
+    "selective": {
+        "arithmetic": {"retain": "kl", "learning_rate": 2e-4, "epochs": 3, "minus": False},
+        "own_tokens": 8,
+        "strength": {"alphas": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]},
+    },
 }
+
+
+def with_recipe(content: dict, recipe: str) -> dict:
+    """A configuration's content with a recipe laid over it, setting by setting: a batch size is no part of a recipe that
+    only names a learning rate. raises ValueError naming what is allowed."""
+    if recipe not in RECIPES:
+        raise ValueError(f"the recipe {recipe!r} is not known; allowed: {', '.join(RECIPES)}.")
+    laid = {k: {**content.get(k, {}), **v} if isinstance(v, dict) else v for k, v in RECIPES[recipe].items()}
+    return content | laid

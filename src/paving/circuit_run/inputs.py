@@ -11,7 +11,7 @@ from paving.backbone import Backbone, render_ids
 from paving.circuit.pairs import Pair, categories_in, read_pairs, split_pairs
 from paving.circuit_run.config import CircuitConfig
 from paving.evaluation.refusal_policy import BENIGN, CATEGORY, PromptSet
-from paving.generation import Decoding, generate
+from paving.generation import Decoding, generate, load_completions, save_completions
 from paving.intervention import Identity
 from paving.prompts.leakage import normalised
 from paving.prompts.readers import read_prompts
@@ -94,11 +94,19 @@ def _check_names(sets: Sequence[PromptSet]) -> None:
             )
 
 
-def own_answers(backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], means: Means) -> tuple[Example, ...]:
-    """What the base answers to the benign side, for the retain term."""
+def own_answers(
+    backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means
+) -> tuple[Example, ...]:
+    """What the base answers to the benign side, for the retain term; none without one. Kept in own_answers.jsonl."""
+    if config.arithmetic.retain == "none":
+        return ()
+    path = folder / "own_answers.jsonl"
     prompts = list({p.text: p for p in benign_prompts(train)}.values())
-    tick = means.stage("the base's own benign answers", len(prompts))
-    answers = generate(backbone, prompts, Identity(), Decoding(max_new_tokens=config.own_tokens), tick=tick)
+    if not path.exists():
+        tick = means.stage("the base's own benign answers", len(prompts))
+        decoding = Decoding(max_new_tokens=config.own_tokens)
+        save_completions(generate(backbone, prompts, Identity(), decoding, tick=tick), path)
+    answers = load_completions(path)
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = backbone.tokenizer(answer.response, add_special_tokens=False)["input_ids"]

@@ -61,7 +61,7 @@ def _other_circuit(choice: Choice) -> Callable[..., Fitted]:
             scores = {layer: scores[layer] for layer in own_mask.channels}
         reading, scope = config.attribution.reading, config.scope
         mask = choose(scores, reading, config.fraction, scope=scope, choice=choice, seed=config.seed)
-        own = own_answers(backbone, config, train, means) if config.arithmetic.retain != "none" else ()
+        own = own_answers(backbone, config, train, folder, means)
         slices = weight_delta(backbone, train, mask, openings_of(config), config.arithmetic, own=own, watch=means.watch)
         name = "inverse" if choice == "bottom" else choice
         return Fitted(lambda a: CircuitEdit(slices, a, name=name), config.strength.alphas)

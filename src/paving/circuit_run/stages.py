@@ -141,7 +141,7 @@ def trained_slices(
             return SliceDelta(mask, {int(name): values for name, values in load_file(path).items()})
         except (SafetensorError, ValueError) as error:
             raise RunError(f"{path} is damaged ({error}). Remove it; the same command trains it again.") from error
-    own = own_answers(backbone, config, train, means) if config.arithmetic.retain != "none" else ()
+    own = own_answers(backbone, config, train, folder, means)
     slices = weight_delta(backbone, train, mask, openings_of(config), config.arithmetic, own=own, watch=means.watch)
     partial = path.with_suffix(".partial")
     save_file({str(layer): values.contiguous() for layer, values in slices.values.items()}, partial)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from paving.backbone import Backbone, PromptBatch
 from paving.backbone.hooks import edit_residuals
+from paving.intervention import Decided, everywhere
 from paving.steering.behaviour import Behaviour, BehaviourConfig, fit_behaviour
-from paving.steering.checks import Decided, check_base, check_strength, everywhere
+from paving.steering.checks import check_base, check_strength
 from paving.steering.states import Tick
 from paving.training.openings import Openings
 
@@ -35,7 +36,7 @@ class ActivationSteering:
         check_base(backbone, self.behaviour.base_name, self.behaviour.base_fingerprint, f"{self.name}'s direction")
         edits = self.behaviour.edits(batch, self.strength) if self.strength else {}
         with edit_residuals(backbone, edits):
-            yield everywhere(len(batch), self.strength)
+            yield everywhere(len(batch), 1.0 if self.strength else 0.0)
 
 
 def fit_activation_steering(

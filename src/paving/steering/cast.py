@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from paving.backbone import Backbone, PromptBatch
 from paving.backbone.hooks import edit_residuals
-from paving.intervention import RowState
+from paving.intervention import Decided, RowState
 from paving.steering.behaviour import Behaviour, BehaviourConfig, fit_behaviour
-from paving.steering.checks import Decided, check_base, check_strength
+from paving.steering.checks import check_base, check_strength
 from paving.steering.condition import Condition, ConditionConfig, fit_condition
 from paving.steering.states import Tick
 from paving.training.openings import Openings

@@ -1,31 +1,14 @@
-"""What every comparator checks before it touches a model, and what it says about a batch."""
+"""What every comparator checks before it touches a model."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from paving.backbone import Backbone, BackboneError
-from paving.intervention import RowState
 
 
 class SteeringError(ValueError):
     """A direction, delta or strength that cannot be used as it is; the message says what, and how to mend it."""
-
-
-@dataclass(frozen=True)
-class Decided:
-    """Applied of a method that has decided before the first pass."""
-
-    states: tuple[RowState, ...]
-
-    def rows(self) -> tuple[RowState, ...]:
-        return self.states
-
-
-def everywhere(n: int, strength: float) -> Decided:
-    """Every row edited alike; at strength 0 every row is the base's."""
-    return Decided((RowState(gate=1.0 if strength else 0.0),) * n)
 
 
 def check_strength(strength: float, what: str) -> None:

@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from paving.backbone import Backbone, PromptBatch
-from paving.steering.checks import Decided, SteeringError, check_base, check_strength, everywhere
+from paving.backbone.weights import edited
+from paving.intervention import Decided, everywhere
+from paving.steering.checks import SteeringError, check_base, check_strength
 from paving.steering.weight_delta import WeightDelta
 from paving.training.fine_tune import Say, fine_tune
 from paving.training.opening_examples import opening_examples
@@ -49,15 +51,10 @@ class WeightSteering:
                 for name, change in delta.values.items():
                     before[name] = parameters[name].detach().clone()
                     write(parameters[name], edited(before[name], change, self.alpha))
-            yield everywhere(len(batch), self.alpha)
+            yield everywhere(len(batch), 1.0 if self.alpha else 0.0)
         finally:
             for name, base in before.items():
                 write(parameters[name], base)
-
-
-def edited(base: Tensor, change: Tensor, alpha: float) -> Tensor:
-    """θ0 + α Δθ in float64, rounded once to the base's dtype."""
-    return (base.double() + change.to(base.device).double() * alpha).to(base.dtype)
 
 
 def write(parameter: nn.Parameter, values: Tensor) -> None:
