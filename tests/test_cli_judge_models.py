@@ -170,8 +170,16 @@ def test_nobody_listening_keeps_the_file_as_it_was_and_says_so(answers, endpoint
     assert "cannot reach openai-api/local/tiny" in refused(*command[:3], tmp_path / "w.jsonl", "--judge", other)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Started in the background of a shell, Python finds SIGINT ignored, and a test of Ctrl-C would wait for ever."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @needs_inspect
-def test_ctrl_c_at_an_endpoint_that_hangs_keeps_what_it_judged(answers, endpoint, tmp_path):
+def test_ctrl_c_at_an_endpoint_that_hangs_keeps_what_it_judged(answers, endpoint, tmp_path, ctrl_c):
     def hanging(n, own):
         if n == N - 1:  # all that may be under way are
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
