@@ -19,7 +19,8 @@ def test_the_blocks_of_every_family_are_found_in_order_of_depth(architecture):
     model = tiny_model(architecture)
     layers = decoder_layers(model)
     assert len(layers) == LAYERS
-    assert layers is model.get_decoder().layers
+    decoder = model.get_decoder()
+    assert layers is (decoder.h if architecture == "gpt2" else decoder.layers)
     seen = []
     handles = [m.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, m in enumerate(layers)]
     model.eval()(torch.tensor([[1, 7, 8]]))
