@@ -151,10 +151,13 @@ def shaped(shape: str) -> Backbone:
 
 
 def starter_pairs(n: int) -> list[Pair]:
-    """Starter prompts side by side, repeated as often as needed: only their number and length matter here."""
+    """The same 20 pairs, among them the longest, repeated as often as needed: memory follows the longest of them, and
+    more pairs must not mean longer ones."""
     harmful = [p.text for p in starter_prompts() if p.bucket == Bucket.HARMFUL_KEEP]
     benign = [p.text for p in starter_prompts() if p.bucket == Bucket.BENIGN_KEEP]
-    return [Pair(str(i), harmful[i % len(harmful)], benign[i % len(benign)]) for i in range(n)]
+    pool = sorted(zip(harmful, benign, strict=False), key=lambda pair: -max(map(len, pair)))
+    pool = [*pool[:4], *pool[4 :: max(1, len(pool) // 16)]][:20]
+    return [Pair(str(i), *pool[i % len(pool)]) for i in range(n)]
 
 
 # --- the training step ---

@@ -134,12 +134,17 @@ def reached(curve: Sequence[FrontierPoint], limit: float) -> float:
 def row_summary(by_category: dict[str, dict]) -> dict:
     categories = {}
     for category, total in by_category.items():
-        rates = {side: wilson(k, n).model_dump() for side, (k, n) in total["sides"].items()}
+        rates = {side: of_one_seed(k, n, total["runs"]) for side, (k, n) in total["sides"].items()}
         categories[category] = {"runs": total["runs"], **rates, "at_limit": total["at_limit"]}
     sides = sorted({side for c in by_category.values() for side in c["sides"]})
     mean = {s: fmean(c["sides"][s][0] / c["sides"][s][1] for c in by_category.values() if s in c["sides"]) for s in sides}
     at_limit = [v for c in by_category.values() for v in c["at_limit"]]
     return {"categories": categories, "mean": mean, "at_limit": fmean(at_limit) if at_limit else None}
+
+
+def of_one_seed(k: int, n: int, seeds: int) -> dict:
+    """The pooled rate with the interval of one seed's prompts: seeds answer the same prompts again, which adds none."""
+    return wilson(round(k / seeds), n // seeds).model_dump() | {"rate": k / n, "answers": n}
 
 
 def markdown(summary: dict) -> str:

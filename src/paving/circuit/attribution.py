@@ -52,7 +52,7 @@ def attribute(
     Pairs of unequal length are aligned at the last prompt tokens: the i-th token from the end of one side stands
     against the i-th from the end of the other. Where only the harmful prompt has a token, its own activation stands on
     both sides (difference 0, nothing interpolated); tokens that only the benign prompt has are not looked at.
-    Memory is the model, the graph of one batch and the sums: it does not grow with the number of pairs.
+    From batch to batch only the sums are kept. What a process holds resident is measured in benchmarks/circuit_cost.py.
 
     raises CircuitError without pairs, or if no block is left to look at
     """

@@ -84,7 +84,7 @@ class CircuitConfig(BaseModel):
 
 
 # What --recipe lays over a configuration, setting by setting. `published` is the paper's; `selective` keeps the base's
-# benign answers in both fine-tunes, without which a small model learns to refuse everything (docs/results.md).
+# benign answers while it learns to refuse, and leaves θ− out. It rests on one category so far (docs/circuits.md).
 RECIPES: dict[str, dict] = {
     "published": {
         "arithmetic": ArithmeticConfig().model_dump(include={"retain", "learning_rate", "epochs", "minus"}),
