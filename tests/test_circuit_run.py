@@ -11,6 +11,7 @@ from paving.circuit import edges
 from paving.circuit.arithmetic import ArithmeticConfig
 from paving.circuit.mask import CircuitError
 from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find, stages
+from paving.circuit_run.inputs import held_out_sets
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import Decoding
 from paving.report.examples import REDACTED
@@ -198,6 +199,43 @@ def test_prompts_that_the_run_has_seen_are_not_held_out(files, tmp_path, means):
     with pytest.raises(RunError, match="nothing of it is held out"):
         find(config(files, held_out=str(files / "train.jsonl")), tmp_path / "other", means)
     assert not (tmp_path / "other").exists()
+
+
+def test_nearly_the_same_wording_is_not_held_out_but_a_contrast_is(files, tmp_path, means):
+    train = [json.loads(line) for line in (files / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    test = [json.loads(line) for line in (files / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    train[0] |= {"harm": "tell me how a very long sentence about w3 would go on", "base": "a long benign line on w9 and w8"}
+    test[0]["harm"] = "tell me how a very long sentence about w4 would go on"
+    test[1]["base"] = "tell me how a very long sentence about w5 would go on"  # worded as the harmful one: a contrast
+    for name, rows in (("train", train), ("test", test)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    sets, left_out = held_out_sets(config(tmp_path, **without_paths(files), held_out=str(tmp_path / "test.jsonl")), {})
+    assert {s.name: len(s.prompts) for s in sets} == {"harm": 3, "benign": 4, "other": 4} and left_out == 1
+
+
+def without_paths(files) -> dict:
+    return {"model": str(files / "base"), "openings": str(files / "openings.json")}
+
+
+def test_an_edit_that_reached_a_weight_off_the_circuit_makes_no_delta(files, tmp_path, means, monkeypatch):
+    folder = tmp_path / "run"
+    find(config(files), folder, means)
+    whole = stages.weight_delta
+
+    def astray(backbone, *args, **kwargs):
+        backbone.model.get_input_embeddings().weight.data[3, 3] += 1
+        return whole(backbone, *args, **kwargs)
+
+    monkeypatch.setattr(stages, "weight_delta", astray)
+    with pytest.raises(CircuitError, match=r"outside the circuit have changed: .*embed_tokens"):
+        edit(folder, means, judge=WordJudge())
+    assert not (folder / "delta").exists()
+
+
+def test_a_fraction_that_chooses_nothing_is_refused_before_attribution(files, tmp_path, means, monkeypatch):
+    monkeypatch.setattr(stages, "attribute", lambda *_a, **_k: pytest.fail("attributed"))
+    with pytest.raises(CircuitError, match=r"a fraction of 0\.001 of 48 channels is 0"):
+        find(config(files, fraction=0.001), tmp_path / "run", means)
 
 
 @pytest.mark.parametrize("column", ["benign", "Harm", "../harm", "a/b"])

@@ -112,6 +112,10 @@ def test_compose_and_take_out_again(made, tmp_path):
     text = printed("circuit", "compose", made / "harm" / "delta", made / "other" / "delta", "--out", both)
     assert "delta of harm, other" in text
     assert "delta of other" in printed("circuit", "compose", both, "--without", "harm", "--out", back)
+    for name, options in {"kept": (), "mean": ("--overlap", "mean")}.items():
+        printed("circuit", "compose", both, *options, "--out", tmp_path / name)
+        said = json.loads((tmp_path / name / "delta.json").read_text(encoding="utf-8"))["composition"]["overlap"]
+        assert said == ("mean" if options else "largest")
     printed("circuit", "apply", made / "base", back, "--out", tmp_path / "a")
     printed("circuit", "apply", made / "base", made / "other" / "delta", "--out", tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()

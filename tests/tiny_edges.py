@@ -9,12 +9,13 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from paving.backbone import Backbone, as_backbone
 from paving.circuit.edges import TokenPair, whole_graph
-from paving.circuit.edges.batches import batches, last_logits, measured
 from paving.circuit.edges.circuit import EdgeCircuit
 from paving.circuit.edges.faithfulness import patched_logits
 from paving.circuit.edges.graph import taken_apart
+from paving.circuit.edges.metrics import measured
 from paving.circuit.edges.nodes import recorded
 from paving.circuit.edges.scores import pair_scores
+from paving.circuit.token_pairs import last_logits, pair_batches
 from tiny_models import CONFIGS, tiny_tokenizer
 
 LINEAR = "tiny_linear_attention"
@@ -107,7 +108,7 @@ def exact_patching(backbone: Backbone, pairs: tuple[TokenPair, ...], metric) -> 
     """(n_pairs, n_destinations, n_sources): change of the metric when one edge alone is patched; 0 off the graph."""
     graph, parts = taken_apart(backbone)
     every = whole_graph(graph).edges
-    (batch,) = batches(backbone, pairs, len(pairs))
+    (batch,) = pair_batches(backbone, pairs, len(pairs))
     clean = measured(metric, last_logits(backbone, batch.clean, batch.clean_mask), batch.rows)
     corrupt, _ = recorded(backbone, parts, batch.corrupt, batch.corrupt_mask)
     effects = torch.zeros(len(pairs), graph.n_destinations, graph.n_sources, dtype=clean.dtype)
@@ -121,5 +122,5 @@ def exact_patching(backbone: Backbone, pairs: tuple[TokenPair, ...], metric) -> 
 def scores_of(backbone: Backbone, pairs: tuple[TokenPair, ...], metric, method: str, steps: int = 5) -> Tensor:
     """(n_pairs, n_destinations, n_sources) by attribution."""
     graph, parts = taken_apart(backbone)
-    (batch,) = batches(backbone, pairs, len(pairs))
+    (batch,) = pair_batches(backbone, pairs, len(pairs))
     return pair_scores(backbone, graph, parts, batch, metric, method, steps)

@@ -34,6 +34,9 @@ def find_circuit(
     ] = None,
     reading: Annotated[str | None, typer.Option(help="neurons (columns) or outputs (rows) of the FFN output.")] = None,
     fraction: Annotated[float | None, typer.Option(help="κ: share of channels in the circuit. Default: 0.15")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Who says what a refusal is. Default: rules (docs/model-judges.md).")
+    ] = None,
     config_file: Annotated[Path | None, typer.Option("--config", help="JSON CircuitConfig; options go first.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split, openings and training.")] = None,
     device: Device = "auto",
@@ -46,7 +49,7 @@ def find_circuit(
     config = circuit_config(
         config_file, recipe,
         pairs=pairs, category=category, held_out=held_out, model=model, benign=benign, fraction=fraction, seed=seed,
-        reading=reading,
+        reading=reading, judge=judge,
     )  # fmt: skip
     with means_of(device, trust_remote_code, quiet=as_json) as means:
         mask = find(config, folder, means)
@@ -106,7 +109,10 @@ def evaluate_circuit(
 def compose_deltas(
     deltas: Annotated[list[Path], typer.Argument(help="Delta folders of one base.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder of the composed delta; it must not exist.")],
-    overlap: Annotated[str, typer.Option(help="Where circuits share a channel: largest, sum or mean.")] = "largest",
+    overlap: Annotated[
+        str | None,
+        typer.Option(help="Where circuits share a channel: largest, sum or mean. Default: the one delta's own, or largest."),
+    ] = None,
     without: Annotated[list[str] | None, typer.Option(help="Leave out a category of a composed delta.")] = None,
 ) -> None:
     """Several categories in one delta, overlap resolved channel by channel; --without takes one out again."""
@@ -114,7 +120,7 @@ def compose_deltas(
     from paving.circuit.delta_files import load_delta, save_delta
 
     loaded = [load_delta(d) for d in deltas]
-    whole = compose(loaded, overlap=overlap) if len(loaded) > 1 else loaded[0]
+    whole = loaded[0] if overlap is None and len(loaded) == 1 else compose(loaded, overlap=overlap or "largest")
     for category in without or ():
         whole = subtract(whole, category)
     save_delta(whole, folder)

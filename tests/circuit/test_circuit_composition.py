@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from paving.backbone.weights import edited
+from paving.backbone.weights import edited, same_bits
 from paving.circuit.checkpoint import apply_to, remove_from
 from paving.circuit.compose import compose, subtract
-from paving.circuit.delta import same_bits, with_metrics
+from paving.circuit.delta import with_metrics
 from paving.circuit.delta_files import load_delta, save_delta, weights_sha256
 from paving.circuit.mask import CircuitError, Mask
 from paving.circuit.slices import slice_of

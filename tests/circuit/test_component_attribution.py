@@ -11,8 +11,9 @@ from paving.backbone.hooks import edit_module_inputs, edit_module_outputs
 from paving.backbone.projections import ffn_outputs
 from paving.circuit.attribution import AttributionConfig, attribute
 from paving.circuit.mask import CircuitError
-from paving.circuit.objective import last_logits, objective, references
+from paving.circuit.objective import objective, references
 from paving.circuit.pairs import Pair
+from paving.circuit.token_pairs import last_logits
 from tiny_models import hooks_on, tiny_backbone
 from tiny_pairs import OPENINGS, tiny_pairs
 

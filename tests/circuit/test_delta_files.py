@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paving.backbone import BackboneError
-from paving.circuit.delta import make_delta, same_bits, with_metrics
+from paving.backbone.weights import same_bits
+from paving.circuit.delta import make_delta, with_metrics
 from paving.circuit.delta_files import load_delta, save_delta, weights_sha256
 from paving.circuit.folders import whole_folder
 from paving.circuit.mask import CircuitError, Mask

@@ -9,13 +9,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import GraniteConfig
 
 from paving.circuit.edges import edge_scores, kl_from_clean, logit_difference
-from paving.circuit.edges.batches import batches, last_logits, measured
 from paving.circuit.edges.circuit import EdgeCircuit, whole_graph
 from paving.circuit.edges.faithfulness import patched_logits
 from paving.circuit.edges.graph import EdgeGraph, taken_apart
+from paving.circuit.edges.metrics import measured
 from paving.circuit.edges.nodes import NodeOutputs, recorded
 from paving.circuit.edges.scores import METHODS
 from paving.circuit.mask import CircuitError
+from paving.circuit.token_pairs import last_logits, pair_batches
 from tiny_edges import TokenPair, exact_patching, linear, mixed_logits, scores_of, shallow, some_pairs
 from tiny_models import CONFIGS, SIZES, hooks_on, tiny_backbone
 
@@ -74,7 +75,7 @@ def test_an_edge_into_a_key_or_value_group_is_the_patching_of_that_groups_rows_b
 def test_eap_is_the_derivative_of_exact_patching_on_an_ordinary_model(architecture):
     backbone, pairs = shallow(architecture), some_pairs()
     graph, parts = taken_apart(backbone)
-    (batch,) = batches(backbone, pairs, len(pairs))
+    (batch,) = pair_batches(backbone, pairs, len(pairs))
     clean, logits = recorded(backbone, parts, batch.clean, batch.clean_mask)
     corrupt, _ = recorded(backbone, parts, batch.corrupt, batch.corrupt_mask)
 
@@ -96,7 +97,7 @@ def test_eap_is_the_derivative_of_exact_patching_on_an_ordinary_model(architectu
 
 def test_integrated_gradients_of_the_edges_out_of_the_embedding_add_up_to_the_whole_change():
     backbone, pairs = shallow("llama"), some_pairs(((7, 7), (9, 9)))
-    (batch,) = batches(backbone, pairs, 2)
+    (batch,) = pair_batches(backbone, pairs, 2)
     with torch.no_grad():
         clean, corrupt = (
             mixed_logits(last_logits(backbone, *x))
@@ -140,7 +141,7 @@ def test_integrated_gradients_follow_exact_patching_more_closely_than_one_gradie
 def test_node_outputs_add_up_to_the_residual_stream(architecture):
     backbone, pairs = shallow(architecture, layers=3), some_pairs()
     graph, parts = taken_apart(backbone)
-    (batch,) = batches(backbone, pairs, len(pairs))
+    (batch,) = pair_batches(backbone, pairs, len(pairs))
     nodes, _ = recorded(backbone, parts, batch.clean, batch.clean_mask)
     final = []
     handle = backbone.layers[-1].register_forward_hook(lambda _m, _a, y: final.append(y if torch.is_tensor(y) else y[0]))
@@ -199,7 +200,7 @@ def test_a_metric_of_its_own_for_every_pair():
 def test_the_model_is_left_without_hooks_and_bit_for_bit_as_it_was():
     backbone, pairs = tiny_backbone("llama"), some_pairs()
     before = {name: p.clone() for name, p in backbone.model.state_dict().items()}
-    (batch,) = batches(backbone, pairs, 3)
+    (batch,) = pair_batches(backbone, pairs, 3)
     with torch.no_grad():
         logits = last_logits(backbone, batch.clean, batch.clean_mask)
     for method in METHODS:

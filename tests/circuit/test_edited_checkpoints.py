@@ -144,6 +144,11 @@ def test_the_card_says_what_was_done_and_names_no_path_of_this_machine(base, del
     assert "Benign over-refusal was not measured with this checkpoint" in unmeasured.read_text()
 
 
+def test_a_category_with_a_bar_in_its_name_stays_one_cell(base, tmp_path):
+    card = export_checkpoint(base, tiny_delta(base, "crime | fraud"), None, tmp_path / "edited") / "README.md"
+    assert "\n| crime \\| fraud | 1.7 |" in card.read_text()
+
+
 def test_weights_in_other_formats_and_cards_of_the_base_stay_behind(base, delta, tmp_path):
     folder = shutil.copytree(base.name, tmp_path / "base")
     for name in ("README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "notes.md", "LICENSE.txt"):

@@ -11,9 +11,10 @@ from paving.backbone import BackboneError, render_ids
 from paving.backbone.projections import ffn_outputs
 from paving.circuit.arithmetic import ArithmeticConfig, fine_tuned, weight_delta
 from paving.circuit.mask import CircuitError, Mask, choose
-from paving.circuit.slices import CircuitEdit, SliceDelta, slice_of
+from paving.circuit.slices import CircuitEdit, SliceDelta, check_off_circuit, off_circuit, slice_of
 from paving.training.opening_examples import Example, opening_examples
 from paving.training.packing import answer_cross_entropy, check_packing, packed_logits
+from tiny_deltas import gpt2_backbone
 from tiny_models import batch_of, hooks_on, logits_of, some_prompts, tiny_backbone
 from tiny_pairs import OPENINGS, tiny_pairs
 
@@ -178,3 +179,28 @@ def test_an_edit_of_another_model_writes_nothing():
     with pytest.raises(CircuitError, match="layer 7"), CircuitEdit(foreign, 1.0).written(backbone):
         pass
     assert all(torch.equal(p, before[n]) for n, p in backbone.model.named_parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("reading", ["neurons", "outputs"])
+def test_one_flipped_bit_off_the_circuit_is_found_and_the_circuits_own_change_is_not(architecture, reading):
+    backbone = gpt2_backbone() if architecture == "gpt2" else tiny_backbone()
+    mask = some_mask(backbone, reading)
+    before = off_circuit(backbone, mask)
+    projections = ffn_outputs(backbone)
+    values = {layer: torch.ones_like(slice_of(projections[layer].weight, mask, layer)) for layer in mask.channels}
+    with CircuitEdit(SliceDelta(mask, values), 1.0).written(backbone):
+        check_off_circuit(backbone, mask, before)
+    assert off_circuit(backbone, mask) == before
+    outside = next(c for c in range(mask.n) if c not in mask.channels[3])
+    of_layer = projections[3].weight
+    row = of_layer[:, outside] if reading == "neurons" else of_layer[outside]
+    for name, tensor in (("layers.0", projections[0].weight[0]), (projections[3].parameter, row)):
+        with torch.no_grad():
+            tensor[:1].view(torch.int32).bitwise_xor_(1)
+        with pytest.raises(CircuitError, match="outside the circuit have changed") as error:
+            check_off_circuit(backbone, mask, before)
+        assert name in str(error.value) or "h.0" in str(error.value)
+        with torch.no_grad():
+            tensor[:1].view(torch.int32).bitwise_xor_(1)
+    check_off_circuit(backbone, mask, before)

@@ -1,7 +1,10 @@
-"""The one arithmetic of every edit of weights."""
+"""The one arithmetic of every edit of weights, and the bits that edits are held to."""
 
 from __future__ import annotations
 
+import hashlib
+
+import torch
 from torch import Tensor
 
 
@@ -9,3 +12,17 @@ def edited(base: Tensor, delta: Tensor, alpha: float) -> Tensor:
     """θ0 + α·Δθ in float64, rounded once to the base's dtype: two elementwise operations, the same bits everywhere."""
     change = delta.to(base.device).double() * alpha
     return (base.double() + change).to(base.dtype)
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of the elements' bytes, row by row."""
+    return hashlib.sha256(as_bytes(tensor)).hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal shape, dtype and bits: NaN equals itself, and 0.0 is not -0.0."""
+    return one.shape == other.shape and one.dtype == other.dtype and as_bytes(one) == as_bytes(other)

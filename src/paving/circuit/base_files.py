@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paving.backbone.fingerprint import fingerprint_of
-from paving.circuit.delta import Delta, same_bits
+from paving.backbone.weights import same_bits
+from paving.circuit.delta import Delta
 from paving.circuit.mask import CircuitError
 from paving.circuit.shards import CONFIG, Checkpoint, stored_name
 from paving.circuit.slices import slice_of

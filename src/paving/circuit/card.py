@@ -32,8 +32,8 @@ ordinary checkpoint: it needs no code beside transformers, and no tensor has ano
 
 | category | alpha | harmful refusal | benign over-refusal |
 | --- | --- | --- | --- |
-{% for c in d.components %}| {{ c.category }} | {{ "%g" | format(c.alpha) }} | {{ rate(c.metrics, "harmful_refusal") }} | \
-{{ rate(c.metrics, "benign_over_refusal") }} |
+{% for c in d.components %}| {{ cell(c.category) }} | {{ "%g" | format(c.alpha) }} | \
+{{ rate(c.metrics, "harmful_refusal") }} | {{ rate(c.metrics, "benign_over_refusal") }} |
 {% endfor %}
 Each row: that category's edit alone, at the alpha of its row. Rates are k/n, percent and a 95 % interval.
 
@@ -41,7 +41,7 @@ Each row: that category's edit alone, at the alpha of its row. Rates are k/n, pe
 {% if metrics %}
 | figure | value |
 | --- | --- |
-{% for name in metrics %}| {{ name | replace("_", " ") }} | {{ rate(metrics, name) }} |
+{% for name in metrics %}| {{ cell(name | replace("_", " ")) }} | {{ rate(metrics, name) }} |
 {% endfor %}{% endif %}
 {% if "benign_over_refusal" not in metrics %}Benign over-refusal was not measured with this checkpoint: n/a (n=0). \
 Measure it, and harmful refusal, before sharing: `paving circuit evaluate`.
@@ -72,6 +72,7 @@ def write_card(folder: Path, delta: Delta, alpha: float, *, sha256: str, total: 
             # Figures hold for the alpha they were measured at, and for no other.
             metrics=about.metrics if alpha == about.alpha else {},
             rate=_rate,
+            cell=_cell,
             sha256=sha256,
             edited=edited,
             total=total,
@@ -82,6 +83,11 @@ def write_card(folder: Path, delta: Delta, alpha: float, *, sha256: str, total: 
     )
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _cell(text: str) -> str:
+    """Names come from the owner's files; a bar or a line break would end the cell."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _rate(metrics: Mapping, name: str) -> str:

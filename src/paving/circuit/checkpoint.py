@@ -9,9 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from paving.backbone import Backbone
+from paving.backbone.weights import as_bytes
 from paving.circuit.base_files import circuit_tensors, fingerprint_of_files, first_difference
 from paving.circuit.card import write_card
-from paving.circuit.delta import Delta, as_bytes
+from paving.circuit.delta import Delta
 from paving.circuit.delta_files import weights_sha256
 from paving.circuit.folders import check_free, whole_folder
 from paving.circuit.mask import CircuitError

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paving.circuit.delta import Delta, assemble, same_bits
+from paving.backbone.weights import same_bits
+from paving.circuit.delta import Delta, assemble
 from paving.circuit.description import Component, Composition
 from paving.circuit.mask import CircuitError, Mask
 from paving.circuit.overlap import Overlap, positions, union

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from pydantic import JsonValue, ValidationError
 from torch import Tensor
 
 from paving.backbone import Backbone
 from paving.backbone.projections import ffn_outputs
-from paving.backbone.weights import edited
+from paving.backbone.weights import edited, tensor_sha256
 from paving.circuit.description import Base, Component, Composition, Description, Layer, public_name
 from paving.circuit.mask import CircuitError, Mask
 from paving.circuit.overlap import merged, positions
@@ -181,20 +179,6 @@ def check_values(parts: Sequence[SliceDelta], base: Mapping[int, Tensor]) -> Non
                 )
             if not values.isfinite().all():
                 raise CircuitError(f"the delta of layer {layer} has values that are not finite. Train it again.")
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of the elements' bytes, row by row."""
-    return hashlib.sha256(as_bytes(tensor)).hexdigest()
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal shape, dtype and bits: NaN equals itself, and 0.0 is not -0.0."""
-    return one.shape == other.shape and one.dtype == other.dtype and as_bytes(one) == as_bytes(other)
 
 
 def first_error(error: ValidationError) -> str:

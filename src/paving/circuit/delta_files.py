@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from paving.circuit.delta import Delta, check_values, first_error, tensor_sha256
+from paving.backbone.weights import tensor_sha256
+from paving.circuit.delta import Delta, check_values, first_error
 from paving.circuit.description import FORMAT, DeltaFile, Description
 from paving.circuit.folders import whole_folder
 from paving.circuit.mask import CircuitError, Mask

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from paving.backbone import Backbone, PromptBatch, pad_left, render_ids
-from paving.backbone.hooks import contiguous_head_input
+from paving.backbone import Backbone, pad_left, render_ids
 from paving.circuit.mask import CircuitError
 from paving.circuit.pairs import Pair
+from paving.circuit.token_pairs import last_logits
 from paving.training.openings import Openings
 
 Reference = Literal["after", "opening"]
@@ -79,16 +79,6 @@ def _mean_distribution(backbone: Backbone, rows: Sequence[Sequence[int]], batch_
     ordered = sorted(rows, key=len)
     for start in range(0, len(ordered), batch_size):
         ids, mask = pad_left(backbone, ordered[start : start + batch_size])
-        p = last_logits(backbone, ids, mask).float().softmax(-1).sum(0)
+        p = last_logits(backbone, ids, mask).softmax(-1).sum(0)
         total = p if total is None else total + p
     return total / len(rows)
-
-
-def last_logits(backbone: Backbone, ids: Tensor, mask: Tensor, *, embeddings: Tensor | None = None) -> Tensor:
-    """(n, vocab): logits after the last column of a left-padded batch; `embeddings` (n, width, d_model) replace ids."""
-    positions = PromptBatch(ids, mask, (), ()).position_ids
-    inputs = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
-    with contiguous_head_input(backbone):
-        return backbone.model(
-            **inputs, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
-        ).logits[:, -1]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paving.backbone import Backbone, PromptBatch
 from paving.backbone.projections import Projection, ffn_outputs
-from paving.backbone.weights import edited
+from paving.backbone.weights import edited, tensor_sha256
 from paving.circuit.mask import CircuitError, Mask
 from paving.intervention import Decided, everywhere
 
@@ -49,6 +49,29 @@ def check_fits(projections: Mapping[int, Projection], mask: Mask) -> None:
                 f"the mask has {mask.n} {mask.reading} a layer, layer {layer} of this model has {channels}. "
                 "It was made for another model; find the circuit of this one: paving circuit find"
             )
+
+
+def off_circuit(backbone: Backbone, mask: Mask) -> dict[str, str]:
+    """Every parameter and buffer of the model -> SHA-256 of it, the circuit's channels taken as 0."""
+    held = {p.parameter: (layer, p) for layer, p in ffn_outputs(backbone).items() if layer in mask.channels}
+    digests = {}
+    for name, value in backbone.model.state_dict().items():
+        if name in held:
+            layer, projection = held[name]
+            value = projection.weight.detach().index_fill(_dim(mask), mask.index(layer).to(value.device), 0)
+        digests[name] = tensor_sha256(value)
+    return digests
+
+
+def check_off_circuit(backbone: Backbone, mask: Mask, before: Mapping[str, str]) -> None:
+    """raises CircuitError if anything outside the circuit is not what it was when `off_circuit` gave `before`"""
+    now = off_circuit(backbone, mask)
+    moved = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if moved:
+        raise CircuitError(
+            f"weights outside the circuit have changed: {', '.join(moved[:4])}{' and more' if len(moved) > 4 else ''}. "
+            "No delta is made of this; load the base anew."
+        )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paving.backbone.weights import same_bits
 from paving.circuit.card import CARD_FILE
-from paving.circuit.delta import Delta, same_bits
+from paving.circuit.delta import Delta
 from paving.circuit.delta_files import load_delta
 from paving.circuit.description import Layer
 from paving.circuit.folders import file_sha256

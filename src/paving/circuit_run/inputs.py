@@ -13,7 +13,7 @@ from paving.circuit_run.config import CircuitConfig
 from paving.evaluation.refusal_policy import BENIGN, CATEGORY, PromptSet
 from paving.generation import Decoding, generate, load_completions, save_completions
 from paving.intervention import Identity
-from paving.prompts.leakage import normalised
+from paving.prompts.leakage import near_or_equal, normalised
 from paving.prompts.readers import read_prompts
 from paving.prompts.types import Bucket, Prompt
 from paving.run import Means
@@ -44,8 +44,9 @@ def held_out_sets(config: CircuitConfig, ood: Mapping[str, str]) -> tuple[list[P
     """(sets, how many prompts were left out): the category first, then benign prompts, other categories, other sources.
 
     ood  name of the set -> prompt file or dataset
-    What stands among the run's own pairs, in either split and on either side, is left out: the edit was trained or its
-    α chosen on it, and public sets repeat themselves.
+    What stands among the run's own pairs, in either split and on either side, or is nearly worded as one of them on its
+    own side, is left out: the edit was trained or its α chosen on it, and public sets repeat themselves. A benign prompt
+    may be worded as a harmful one: telling them apart is what is measured.
 
     raises RunError without held-out pairs, if nothing of a set is left, or for two sets of one name
     """
@@ -66,8 +67,14 @@ def held_out_sets(config: CircuitConfig, ood: Mapping[str, str]) -> tuple[list[P
     for name, source in ood.items():
         sets.append(PromptSet(name, "ood", read_prompts(source, Bucket.HARMFUL_KEEP, limit=config.held_out_limit)))
     _check_names(sets)
-    seen = {normalised(text) for split in pairs_of(config) for p in split for text in (p.harmful, p.benign)}
-    unseen = [replace(s, prompts=[p for p in s.prompts if normalised(p.text) not in seen]) for s in sets]
+    run_pairs = [p for split in pairs_of(config) for p in split]
+    harmful, benign = [p.harmful for p in run_pairs], [p.benign for p in run_pairs]
+    seen = {normalised(text) for text in (*harmful, *benign)}
+    unseen = []
+    for s in sets:
+        near = near_or_equal([p.text for p in s.prompts], benign if s.side == BENIGN else harmful)
+        kept = [p for p in s.prompts if p.text not in near and normalised(p.text) not in seen]
+        unseen.append(replace(s, prompts=kept))
     for s in unseen:
         if not s.prompts:
             raise RunError(

@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paving.backbone import Backbone
+from paving.backbone.projections import ffn_outputs
 from paving.circuit import edges
 from paving.circuit.arithmetic import weight_delta
 from paving.circuit.attribution import attribute
@@ -20,7 +22,7 @@ from paving.circuit.delta_files import load_delta, save_delta
 from paving.circuit.mask import CircuitError, Mask, choose
 from paving.circuit.objective import Objective, objective, references
 from paving.circuit.pairs import Pair
-from paving.circuit.slices import CircuitEdit, SliceDelta
+from paving.circuit.slices import CircuitEdit, SliceDelta, check_off_circuit, off_circuit
 from paving.circuit_run.config import CircuitConfig
 from paving.circuit_run.folder import load_circuit, open_circuit_run, read_circuit_config, save_circuit
 from paving.circuit_run.inputs import (
@@ -50,6 +52,7 @@ def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
     if (folder / "circuit.json").exists():
         means.say(f"the circuit in {folder} is found; nothing to do")
         return load_circuit(folder, backbone.fingerprint)[0]
+    choose(nothing_scored(backbone, config), config.attribution.reading, config.fraction, scope=config.scope)
     read = train[: config.attributed]
     j = objective(references(backbone, read, phrases, kind=config.reference, seed=config.seed))
     scores = attribute(backbone, read, j, config.attribution, means.stage("attribution (pairs)", len(read)))
@@ -63,7 +66,8 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
     """θ+ and θ− on the circuit, Δθ, and α chosen on the calibration split; the delta is saved in `folder`/delta.
 
     alpha: the owner's own choice, in place of the one the limit would make
-    raises RunError if no α keeps to the limit; Δθ and the curve are kept, and --alpha takes one of them
+    raises RunError if no α keeps to the limit; Δθ and the curve are kept, and --alpha takes one of them. CircuitError if a
+    weight outside the circuit is not bit for bit the base's, after training and at the chosen α
     """
     config = read_circuit_config(folder)
     if alpha is not None:
@@ -79,6 +83,7 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
         means.say(f"the delta in {folder} is finished; nothing to do")
         return found
     train, calibration = pairs_of(config)
+    before = off_circuit(backbone, mask)
     slices = trained_slices(backbone, config, train, mask, folder, means)
     points = calibrated(backbone, config, calibration, slices, folder, means, judge)
     if alpha is None:
@@ -102,6 +107,8 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
             mode="json", include={"attribution", "fraction", "scope", "edges", "arithmetic", "reference", "seed"}
         ),
     )
+    with delta.edit().written(backbone):
+        check_off_circuit(backbone, mask, before)
     save_delta(delta, folder / "delta")
     return delta
 
@@ -121,6 +128,13 @@ def edge_level_layers(
     circuit = edges.greedy_edges(scores, config.edges)
     circuit.save(folder / "edges.json")
     return edges.ffn_layers(circuit)
+
+
+def nothing_scored(backbone: Backbone, config: CircuitConfig) -> dict[int, Tensor]:
+    """Scores of the shape that attribution will give: what a fraction that chooses nothing is refused on, before it."""
+    neurons = config.attribution.reading == "neurons"
+    shapes = {layer: p.weight.shape for layer, p in ffn_outputs(backbone).items() if layer >= config.attribution.first}
+    return {layer: torch.zeros(shape[1] if neurons else shape[0]) for layer, shape in shapes.items()}
 
 
 def within(scores: Mapping[int, Tensor], layers: Collection[int] | None) -> dict[int, Tensor]:

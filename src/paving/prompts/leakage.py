@@ -170,6 +170,15 @@ def near_pairs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
                 yield i, j
 
 
+def near_or_equal(texts: Sequence[str], to: Sequence[str]) -> set[str]:
+    """Those of `texts` whose normalised form is near or equal to that of a text of `to`."""
+    mine, theirs = {normalised(t) for t in texts}, {normalised(t) for t in to}
+    every = [*theirs, *(mine - theirs)]
+    found = mine & theirs
+    found |= {every[j] for i, j in near_pairs(every) if i < len(theirs) <= j}
+    return {t for t in texts if normalised(t) in found}
+
+
 def shingles(text: str) -> frozenset[str]:
     """The character 5-grams of a text, or the text itself when it is shorter; never empty."""
     return frozenset(text[k : k + SHINGLE] for k in range(max(1, len(text) - SHINGLE + 1)))

@@ -1,6 +1,5 @@
 """Circuits at edge level: EAP and EAP-IG on an unconverted Hugging Face decoder (Hanna et al., arXiv 2403.17806)."""
 
-from paving.circuit.edges.batches import TokenPair, kl_from, kl_from_clean, logit_difference, token_pairs
 from paving.circuit.edges.circuit import (
     EdgeCircuit,
     edges_into,
@@ -12,7 +11,9 @@ from paving.circuit.edges.circuit import (
 )
 from paving.circuit.edges.faithfulness import Faithfulness, faithfulness
 from paving.circuit.edges.graph import EdgeGraph
+from paving.circuit.edges.metrics import kl_from, kl_from_clean, logit_difference
 from paving.circuit.edges.scores import EdgeScores, edge_scores
+from paving.circuit.token_pairs import TokenPair, token_pairs
 
 __all__ = [
     "EdgeCircuit",

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from paving.backbone import Backbone
 from paving.backbone.attention_parts import BlockParts, HeadReader
 from paving.backbone.hooks import edit_module_inputs, edit_module_outputs, edit_residuals
-from paving.circuit.edges.batches import Metrics, PairBatch, TokenPair, batches, check_metrics, last_logits, measured
 from paving.circuit.edges.circuit import EdgeCircuit
 from paving.circuit.edges.graph import EdgeGraph, taken_apart
+from paving.circuit.edges.metrics import Metrics, check_metrics, measured
 from paving.circuit.edges.nodes import NodeOutputs, difference, recorded
 from paving.circuit.mask import CircuitError
+from paving.circuit.token_pairs import PairBatch, TokenPair, last_logits, pair_batches
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def faithfulness(
         )
     check_metrics(metric, pairs)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in batches(backbone, pairs, batch_size):
+    for batch in pair_batches(backbone, pairs, batch_size):
         _, clean = recorded(backbone, parts, batch.clean, batch.clean_mask)
         corrupt_nodes, corrupt = recorded(backbone, parts, batch.corrupt, batch.corrupt_mask)
         inside = patched_logits(backbone, parts, batch, circuit, corrupt_nodes)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from paving.backbone import Backbone
 from paving.backbone.attention_parts import BlockParts
 from paving.backbone.hooks import BlockCall, edit_module_outputs, edit_residuals, record_calls
-from paving.circuit.edges.batches import Metrics, PairBatch, last_logits, measured
 from paving.circuit.edges.graph import EdgeGraph
+from paving.circuit.edges.metrics import Metrics, measured
+from paving.circuit.token_pairs import PairBatch, last_logits
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from paving.backbone import Backbone
 from paving.backbone.attention_parts import SUPPORTED, BlockParts
 from paving.backbone.hooks import edit_module_inputs, edit_module_outputs, edit_residuals
-from paving.circuit.edges.batches import last_logits
 from paving.circuit.mask import CircuitError
+from paving.circuit.token_pairs import last_logits
 
 ROUNDING = 1e-3  # relative; what is summed here in the model's own order and dtype differs far less where the sum is right
 

@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from paving.backbone import Backbone
 from paving.backbone.attention_parts import BlockParts
 from paving.backbone.hooks import edit_module_inputs, edit_module_outputs
-from paving.circuit.edges.batches import Metrics, PairBatch, TokenPair, batches, check_metrics
 from paving.circuit.edges.gradients import InputGradients, input_gradients
 from paving.circuit.edges.graph import EdgeGraph, taken_apart
+from paving.circuit.edges.metrics import Metrics, check_metrics
 from paving.circuit.edges.nodes import NodeOutputs, differences, recorded
 from paving.circuit.mask import CircuitError
+from paving.circuit.token_pairs import PairBatch, TokenPair, pair_batches
 
 Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations"]
 METHODS = ("eap", "eap-ig-inputs", "eap-ig-activations")
@@ -80,7 +81,7 @@ def edge_scores(
     check_metrics(metric, pairs)
     mean = torch.zeros(graph.n_destinations, graph.n_sources, dtype=torch.float64)
     mean_absolute = mean.clone()
-    for batch in batches(backbone, pairs, batch_size):
+    for batch in pair_batches(backbone, pairs, batch_size):
         scores = pair_scores(backbone, graph, parts, batch, metric, method, steps).double()
         if not scores.isfinite().all():
             bad = [pairs[row].id for row, s in zip(batch.rows, scores, strict=True) if not s.isfinite().all()]
