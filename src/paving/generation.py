@@ -68,6 +68,7 @@ def generate(
     *,
     batch_size: int = 32,
     known: Sequence[Mapping[str, Completion]] = (),
+    by_row: bool = False,
     tick: Tick | None = None,
 ) -> list[Completion]:
     """Complete every prompt under the intervention; the order is that of `prompts`.
@@ -75,7 +76,8 @@ def generate(
     Prompts are batched by length. `known` holds completions of the same prompts at the same batching: the base's, and
     those of interventions that do the same wherever they decide the same (one editor under another gate policy). A
     batch whose every row was decided there as it is here is taken from there instead of being decoded again to the
-    same bits; a closed gate is decided alike everywhere. `tick(n)` is called as n more prompts are done.
+    same bits; a closed gate is decided alike everywhere. With `by_row` its rows may come from different ones of them: the
+    same answers up to rounding, where products depend on how many rows are open. `tick(n)`: n more prompts are done.
     """
     room = decoding.max_new_tokens
     rows = {p.id: checked_ids(backbone, p, room=room) for p in prompts}
@@ -84,7 +86,7 @@ def generate(
         ids, mask = pad_left(backbone, [rows[p.id] for p in chunk])
         batch = PromptBatch(ids, mask, tuple(p.id for p in chunk), tuple(p.bucket for p in chunk))
         earlier = [[answers[p.id] for p in chunk] for answers in known if all(p.id in answers for p in chunk)]
-        for completion in complete_batch(backbone, chunk, batch, intervention, decoding, earlier):
+        for completion in complete_batch(backbone, chunk, batch, intervention, decoding, earlier, by_row=by_row):
             done[completion.id] = completion
         if tick is not None:
             tick(len(chunk))
@@ -107,13 +109,15 @@ def complete_batch(
     intervention: Intervention,
     decoding: Decoding,
     known: Sequence[Sequence[Completion]],
+    *,
+    by_row: bool = False,
 ) -> list[Completion]:
-    """known: completions of this very batch, row by row, from elsewhere (see `generate`)."""
+    """known: completions of this very batch, row by row, from elsewhere; by_row: see `generate`."""
     if decoding.do_sample:
         torch.manual_seed(decoding.seed)
     config = decoding.generation_config(backbone)
     with intervention.apply(backbone, batch) as applied:
-        stop = _StopIfKnown(applied, known)
+        stop = _StopIfKnown(applied, known, by_row)
         answers = decode(backbone, batch.input_ids, batch.attention_mask, config, StoppingCriteriaList([stop]))
         states = applied.rows()
     if stop.found is not None:
@@ -168,16 +172,21 @@ def _with_state(completion: Completion, state: RowState) -> Completion:
 class _StopIfKnown(StoppingCriteria):
     """Ends decoding after the first token where every row was decided as in completions that are there already."""
 
-    def __init__(self, applied: Applied, known: Sequence[Sequence[Completion]]):
-        self.applied, self.known = applied, known
+    def __init__(self, applied: Applied, known: Sequence[Sequence[Completion]], by_row: bool):
+        self.applied, self.known, self.by_row = applied, known, by_row
         self.found: Sequence[Completion] | None = None
 
     def __call__(self, input_ids, scores, **kwargs):
         if self.known:
             states = self.applied.rows()
-            same = (c for c in self.known if all(map(_decided_alike, c, states)))
-            self.found, self.known = next(same, None), ()  # looked up once: decisions hold for the whole answer
+            sources = [tuple(zip(*self.known, strict=True))] if self.by_row else [[(c,) for c in k] for k in self.known]
+            found = ([_alike(row, state) for row, state in zip(rows, states, strict=True)] for rows in sources)
+            self.found, self.known = next((f for f in found if None not in f), None), ()  # once: decisions hold
         return torch.full((input_ids.shape[0],), self.found is not None, dtype=torch.bool, device=input_ids.device)
+
+
+def _alike(candidates: Sequence[Completion], state: RowState) -> Completion | None:
+    return next((c for c in candidates if _decided_alike(c, state)), None)
 
 
 def _decided_alike(completion: Completion, state: RowState) -> bool:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from paving.backbone import Backbone, BackboneError, PromptBatch
-from paving.backbone.hooks import edit_residuals, record_residuals
+from paving.backbone.hooks import edit_residuals
 from paving.controller.config import ControllerConfig
 from paving.controller.gates import GatePolicy, MixturePolicy, RouterMixture, ThresholdedSoft
 from paving.controller.weights import ControllerWeights, Edit
 from paving.intervention import RowState
+from paving.traces.boundary import boundary_states
 
 
 @dataclass(frozen=True)
@@ -215,24 +216,7 @@ class PavedBatch:
 
 def boundary_features(backbone: Backbone, batch: PromptBatch, config: ControllerConfig) -> Tensor:
     """(n, n_features) float32, from one unedited pass over the prompts."""
-    mask = batch.attention_mask
-
-    def pool(resid: Tensor) -> Tensor:
-        return pooled(resid, mask, config.pooling)
-
-    with torch.no_grad(), record_residuals(backbone, config.route_layers, keep=pool) as states:
-        backbone.model.get_decoder()(
-            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-        )
-    return torch.cat([states[layer] for layer in config.route_layers], dim=1)
-
-
-def pooled(resid: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """(n, width, d) -> (n, d) float32: the last column's state, or the mean over real tokens; (n, 2 d) for both."""
-    parts = [resid[:, -1].float()] if "last" in pooling else []
-    if "mean" in pooling:
-        parts.append((resid.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-    return torch.cat(parts, dim=1)
+    return boundary_states(backbone, batch, config.route_layers, config.pooling)
 
 
 def _expand(rows: Tensor, n: int) -> Tensor:

@@ -64,13 +64,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What all rows share. horizon and k: steps and support of the preservation score (A.2)."""
+    """What all rows share. horizon and k: steps and support of the preservation score (A.2). by_row: see `generate`."""
 
     decoding: Decoding
     judge: Judge
     horizon: int = HORIZON
     k: int = 1024
     batch_size: int = 32
+    by_row: bool = False
 
 
 def three_way(
@@ -140,6 +141,7 @@ def completions_of(
             protocol.decoding,
             batch_size=protocol.batch_size,
             known=known,
+            by_row=protocol.by_row,
             tick=tick,
         )
     with _keyed(path, key):

@@ -1,0 +1,37 @@
+"""What comparators are fitted on: a run's training and calibration prompts, and what is known of the base's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from paving.prompts.types import Bucket, Prompt, SplitName, Splits
+from paving.steering.checks import SteeringError
+
+
+@dataclass(frozen=True)
+class Material:
+    """Held-out prompts are not in it.
+
+    splits   the run's own, base-refused edit prompts only; `of` gives train and calibration
+    targets  edit prompt's id -> its edit target (safe reframe, or the owner's own), token ids with the end of turn where it
+             ends. Wherever a published method trains on an "answer target" of a harmful prompt, it is this
+    answers  prompt's id -> the base's own greedy answer, token ids: a refusal for edit prompts and most harmful keeps
+    seed     of everything drawn
+    """
+
+    splits: Splits
+    targets: Mapping[str, tuple[int, ...]]
+    answers: Mapping[str, tuple[int, ...]]
+    seed: int = 0
+
+    def of(self, split: SplitName, bucket: Bucket) -> tuple[Prompt, ...]:
+        """raises SteeringError for the held-out split, and for a bucket without prompts: no method fits without all three"""
+        if split is SplitName.HELD_OUT:
+            raise SteeringError("comparators are fitted on train and calibration prompts; held-out ones are for measuring.")
+        found = self.splits.of(split, bucket)
+        if bucket is Bucket.EDIT:
+            found = tuple(p for p in found if p.id in self.targets)
+        if not found:
+            raise SteeringError(f"the {split.value} split has no {bucket.value} prompts to fit a comparator on.")
+        return found
