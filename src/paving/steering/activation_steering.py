@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from paving.backbone import Backbone, PromptBatch
-from paving.backbone.hooks import edit_residuals
-from paving.intervention import Decided, everywhere
+from paving.intervention import Decided
 from paving.steering.behaviour import Behaviour, BehaviourConfig, fit_behaviour
-from paving.steering.checks import check_base, check_strength
+from paving.steering.checks import check_strength
+from paving.steering.routing import Global
 from paving.steering.states import Tick
+from paving.steering.steered import Steered
 from paving.training.openings import Openings
 
 
@@ -33,10 +34,9 @@ class ActivationSteering:
     @contextmanager
     def apply(self, backbone: Backbone, batch: PromptBatch) -> Iterator[Decided]:
         """raises BackboneError on another base than the one it was fitted on"""
-        check_base(backbone, self.behaviour.base_name, self.behaviour.base_fingerprint, f"{self.name}'s direction")
-        edits = self.behaviour.edits(batch, self.strength) if self.strength else {}
-        with edit_residuals(backbone, edits):
-            yield everywhere(len(batch), 1.0 if self.strength else 0.0)
+        base = self.behaviour.base_name, self.behaviour.base_fingerprint
+        with Steered(self.name, self.behaviour, Global(), self.strength, *base).apply(backbone, batch) as decided:
+            yield decided
 
 
 def fit_activation_steering(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,12 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from paving.backbone import Backbone, PromptBatch
-from paving.backbone.hooks import Edit
+from paving.backbone.hooks import Edit, edit_residuals
+from paving.steering.row_edits import Positions, adding, row_edit
 from paving.steering.states import Extraction, Tick, direction, tail_means
-from paving.training.opening_examples import opening_examples
+from paving.training.opening_examples import Example, opening_examples
 from paving.training.openings import Openings
-
-Positions = Literal["all", "answer"]
 
 
 class BehaviourConfig(BaseModel):
@@ -42,10 +42,11 @@ class BehaviourConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Behaviour:
-    """vectors: layer -> (d_model,) float32, from compliance to refusal. gaps: layer -> how far apart the two lie.
+    """vectors: layer -> (d_model,) float32, from one kind of answers to the other (`fit_behaviour`: from compliance to
+    refusal). gaps: layer -> how far apart the two lie.
 
-    A gap is the mean of (refusal state − compliance state) along the vector, in residual units: at a strength of the
-    gap (vectors of length 1), a state moves as far as a refusal opening lies from a compliance opening.
+    A gap is the mean of the difference of their states along the vector, in residual units: at a strength of the gap
+    (vectors of length 1), a state moves as far as one kind of answer lies from the other.
     """
 
     vectors: Mapping[int, Tensor]
@@ -54,34 +55,15 @@ class Behaviour:
     base_name: str
     base_fingerprint: str
 
-    def edits(self, batch: PromptBatch, strength: float, rows: Tensor | None = None) -> dict[int, Edit]:
-        """Hooks for `edit_residuals` that add strength · v, for one batch from its first pass on.
+    def edits(self, batch: PromptBatch, strength: Tensor) -> dict[int, Edit]:
+        """Hooks for `edit_residuals` that add strength · v, for one batch from its first pass on. strength: (n,) float32."""
+        return {layer: row_edit(adding(v), strength, batch, self.positions) for layer, v in self.vectors.items()}
 
-        rows  (n,) bool, the rows to be edited; None: all
-        """
-        return {layer: self._edit(vector * strength, batch, rows) for layer, vector in self.vectors.items()}
-
-    def _edit(self, added: Tensor, batch: PromptBatch, rows: Tensor | None) -> Edit:
-        begin = 0 if self.positions == "all" else batch.width - 1
-        columns = 0  # that this block has seen in earlier passes
-
-        def edit(resid: Tensor) -> Tensor | None:
-            nonlocal columns
-            first = max(0, begin - columns)
-            columns += resid.shape[1]
-            if first >= resid.shape[1]:
-                return None
-            vector = added.to(resid)
-            if rows is None and first == 0:
-                return resid + vector
-            chosen = slice(None)
-            if rows is not None:  # several samples a prompt follow their prompt's row
-                chosen = rows.to(resid.device).repeat_interleave(len(resid) // len(rows)).nonzero().squeeze(-1)
-            edited = resid.clone()  # rows that are not chosen keep the base's bits
-            edited[chosen, first:] = resid[chosen, first:] + vector
-            return edited
-
-        return edit
+    @contextmanager
+    def editing(self, backbone: Backbone, batch: PromptBatch, strength: Tensor) -> Iterator[None]:
+        """The behaviour as an editor of `Steered`."""
+        with edit_residuals(backbone, self.edits(batch, strength)):
+            yield
 
 
 def fit_behaviour(
@@ -100,24 +82,40 @@ def fit_behaviour(
     raises BackboneError for a layer that does not exist; SteeringError where the two kinds of states do not differ
     """
     config = config or BehaviourConfig()
+
+    def examples(phrases: Sequence[str]) -> list[Example]:
+        drawn = (opening_examples(backbone, prompts, phrases, seed=config.seed, epoch=d) for d in range(config.draws))
+        return [example for draw in drawn for example in draw]
+
+    return behaviour_between(backbone, examples(openings.compliance), examples(openings.refusal), config, tick=tick)
+
+
+def behaviour_between(
+    backbone: Backbone,
+    away_from: Sequence[Example],
+    towards: Sequence[Example],
+    config: BehaviourConfig,
+    *,
+    tick: Tick | None = None,
+) -> Behaviour:
+    """Per layer, the direction from one kind of answers to another on the same prompts.
+
+    away_from, towards  prompts with answers, row i of one being the counterpart of row i of the other
+    raises as `fit_behaviour`
+    """
     layers = config.layers or middle_third(backbone.n_layers)
     backbone.check_layers(layers, "behaviour")
 
-    def states(phrases: Sequence[str]) -> Tensor:
-        examples = [
-            example
-            for draw in range(config.draws)
-            for example in opening_examples(backbone, prompts, phrases, seed=config.seed, epoch=draw)
-        ]
+    def states(examples: Sequence[Example]) -> Tensor:
         tails = [len(e.answer) if config.read == "opening" else 1 for e in examples]
         rows = [e.prompt + e.answer for e in examples]
         return tail_means(backbone, rows, tails, layers, batch_size=config.batch_size, tick=tick)
 
-    refusing, complying = states(openings.refusal), states(openings.compliance)
+    positive, negative = states(towards), states(away_from)
     vectors, gaps = {}, {}
     for i, layer in enumerate(layers):
-        vectors[layer] = vector = direction(refusing[:, i], complying[:, i], config.extraction)
-        gaps[layer] = float(((refusing[:, i] - complying[:, i]) @ (vector / vector.norm())).mean())
+        vectors[layer] = vector = direction(positive[:, i], negative[:, i], config.extraction)
+        gaps[layer] = float(((positive[:, i] - negative[:, i]) @ (vector / vector.norm())).mean())
     return Behaviour(vectors, gaps, config.positions, backbone.name, backbone.fingerprint)
 
 

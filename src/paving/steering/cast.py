@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from paving.backbone import Backbone, PromptBatch
-from paving.backbone.hooks import edit_residuals
-from paving.intervention import Decided, RowState
+from paving.intervention import Decided
 from paving.steering.behaviour import Behaviour, BehaviourConfig, fit_behaviour
 from paving.steering.checks import check_base, check_strength
 from paving.steering.condition import Condition, ConditionConfig, fit_condition
 from paving.steering.states import Tick
+from paving.steering.steered import Steered
 from paving.training.openings import Openings
 
 
@@ -41,15 +41,9 @@ class ConditionalSteering:
 
         raises BackboneError on another base than the one it was fitted on
         """
-        check_base(backbone, self.behaviour.base_name, self.behaviour.base_fingerprint, f"{self.name}'s directions")
-        margins = self.condition.margins(backbone, batch)
-        met = margins > 0
-        gates = met.float() if self.strength else met.float() * 0
-        rows = tuple(RowState(gate=g, logit=m) for g, m in zip(gates.tolist(), margins.tolist(), strict=True))
-        # No hook at all rather than one that adds nothing: a batch that is left alone has the base's bits.
-        edits = self.behaviour.edits(batch, self.strength, met) if bool(gates.any()) else {}
-        with edit_residuals(backbone, edits):
-            yield Decided(rows)
+        base = self.behaviour.base_name, self.behaviour.base_fingerprint
+        with Steered(self.name, self.behaviour, self.condition, self.strength, *base).apply(backbone, batch) as decided:
+            yield decided
 
 
 def fit_cast(

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from paving.backbone import Backbone, PromptBatch, render_ids
+from paving.intervention import RowState
 from paving.steering.checks import SteeringError
 from paving.steering.states import Tick, direction, mean_states, tail_means
 
@@ -41,6 +42,14 @@ class Condition:
     threshold: float
     side: Literal[">", "<"]
     f1: float
+
+    @property
+    def name(self) -> str:
+        return "condition"
+
+    def route(self, backbone: Backbone, batch: PromptBatch) -> tuple[RowState, ...]:
+        """Open where the condition is met; `logit` is the margin by which it is met or missed."""
+        return tuple(RowState(gate=float(m > 0), logit=m) for m in self.margins(backbone, batch).tolist())
 
     def margins(self, backbone: Backbone, batch: PromptBatch) -> Tensor:
         """(n,) float32: how far each row's similarity lies on the side where the condition is met; met above 0.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -52,6 +52,8 @@ class Steered:
         """raises BackboneError on another base than the one it was fitted on"""
         check_base(backbone, self.base_name, self.base_fingerprint, self.name)
         states = self.routing.route(backbone, batch)
+        if not self.scale:
+            states = tuple(replace(s, gate=0.0) for s in states)
         strength = self.scale * torch.tensor([s.gate for s in states])
         if not bool(strength.any()):  # nothing is hooked or written: the base's bits
             yield Decided(states)
