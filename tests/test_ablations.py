@@ -34,6 +34,8 @@ def test_on_the_papers_backbone_the_ablations_are_the_papers():
     assert changed(GEMMA, "late-router", 34) == late
     assert changed(GEMMA, "fixed-expert", 34) == {"training.mixture": "expert:0"}
     assert changed(GEMMA, "single-expert", 34)["controller.n_experts"] == 1
+    low_rank = changed(GEMMA, "low-rank", 34)
+    assert low_rank["controller.activation"] == "none" and low_rank["controller.n_experts"] == 1
     assert changed(GEMMA, "early-router", 34) == {}, "the paper's recipe reads early already"
 
 
@@ -52,7 +54,7 @@ def test_all_rows_share_the_scale_and_the_gate():
 
 
 def test_an_ablation_that_is_not_known_names_those_that_are():
-    with pytest.raises(ValueError, match=r"allowed: no-contrastive, .*fixed-expert"):
+    with pytest.raises(ValueError, match=r"allowed: no-contrastive, .*fixed-expert, low-rank"):
         ablation("no-router")
 
 

@@ -1,4 +1,5 @@
-"""The design ablations of Residual Paving, tables 2 and 19: each is the full recipe with one block of it changed.
+"""The design ablations of Residual Paving, tables 2 and 19, and the capacity controls of table 14: each is the full
+recipe with one block of it changed.
 
 Ablations that need a training of their own are configurations, below. The gate-policy and expert-policy blocks are
 further rows of the full recipe's own run: `ROW_POLICIES` and `ROW_MIXTURES`, for `paving eval`.
@@ -92,6 +93,11 @@ def _single_expert(config: RunConfig, n_layers: int) -> RunConfig:
     return _controller(config, n_experts=1, centres=centres, widths=widths)
 
 
+def _low_rank(config: RunConfig, n_layers: int) -> RunConfig:
+    """One linear map of low rank a layer: the least that is not a constant vector."""
+    return _controller(_single_expert(config, n_layers), activation="none")
+
+
 def _late_edits(config: RunConfig, n_layers: int) -> RunConfig:
     return _controller(config, edit_layers=_layers(16, n_layers))
 
@@ -116,6 +122,7 @@ ABLATIONS = (
     Ablation("early-router", "architecture/horizon", _early_router),
     Ablation("single-expert", "expert policy", _single_expert),
     Ablation("fixed-expert", "expert policy", _fixed_expert),
+    Ablation("low-rank", "capacity control", _low_rank),
 )
 
 PAPER_LAYERS = 34  # of Gemma-3-4B-IT, whose layer numbers the paper gives

@@ -23,9 +23,10 @@ def test_an_untrained_controller_edits_nothing(backbone):
         assert torch.equal(edit(resid), resid)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "none"])
 @pytest.mark.parametrize("n_columns", [1, 4])
-def test_an_edit_is_the_sum_over_experts_of_the_formula(backbone, n_columns):
-    experts = lively(backbone).weights.experts
+def test_an_edit_is_the_sum_over_experts_of_the_formula(backbone, n_columns, activation):
+    experts = lively(backbone, ROUTED.model_copy(update={"activation": activation})).weights.experts
     experts.rms.copy_(torch.linspace(0.5, 2.0, len(experts.rms)))
     experts.gain.copy_(torch.rand(experts.gain.shape) * 6 - 1)  # some below 0, some above the clip
     strength, resid = torch.rand(3, 3), torch.randn(3, n_columns, HIDDEN)
@@ -36,7 +37,8 @@ def test_an_edit_is_the_sum_over_experts_of_the_formula(backbone, n_columns):
         for k in range(3):
             gain = min(max(experts.gain[i, k].item(), 0.0), 4.0)
             window = ROUTED.window(k, layer, LAYERS)
-            hidden = F.gelu(resid / experts.rms[i] @ experts.w_in[i, k] + experts.b_in[i, k], approximate="tanh")
+            hidden = resid / experts.rms[i] @ experts.w_in[i, k] + experts.b_in[i, k]
+            hidden = F.gelu(hidden, approximate="tanh") if activation == "gelu" else hidden
             edit = experts.rms[i] * gain * window * (hidden @ experts.w_out[i, k])
             expected += strength[:, k, None, None] * edit
         torch.testing.assert_close(edits[layer](resid), expected, atol=1e-4, rtol=1e-4)

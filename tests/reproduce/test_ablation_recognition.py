@@ -28,6 +28,16 @@ CHANGES = [
     (LATE, {"controller__route_layers": [7, 8, 9, 10], "controller__pooling": "last"}, "late-router"),
     (LATE, {"controller__route_layers": [1, 2, 3, 4]}, "early-router"),
     (FULL, {"controller__n_experts": 1, "controller__centres": [0.55], "controller__widths": [0.45]}, "single-expert"),
+    (
+        FULL,
+        {
+            "controller__n_experts": 1,
+            "controller__centres": [0.5],
+            "controller__widths": [0.45],
+            "controller__activation": "none",
+        },
+        "low-rank",
+    ),
 ]
 NONE = [
     ({"training__contrastive_epochs": 2}, "training.contrastive_epochs"),
@@ -40,6 +50,7 @@ NONE = [
     ({"controller__n_experts": 2, "controller__centres": [0.3, 0.7], "controller__widths": [0.2, 0.2]}, "n_experts"),
     ({"training__contrastive_epochs": 0, "training__weights__trajectory": 0.0}, "training.weights.trajectory"),
     ({"training__contrastive_epochs": 0, "edit": "other.jsonl"}, "edit"),
+    ({"controller__activation": "none"}, "controller.activation"),
     ({"decoding__max_new_tokens": 32}, "decoding.max_new_tokens"),
 ]
 

@@ -22,7 +22,8 @@ class ControllerConfig(BaseModel):
     route_layers   blocks whose outputs the router reads
     edit_layers    blocks whose outputs are edited; None: every block after the last route layer's default, 5 and on
     pooling        `last`: the last prompt token's state; `mean`: the mean over the prompt's tokens; `last+mean`: both
-    n_experts      K bottleneck experts, each d -> d/bottleneck_ratio -> d with GELU
+    n_experts      K bottleneck experts, each d -> d/bottleneck_ratio -> d
+    activation     between an expert's two maps: `gelu`, or `none`: a low-rank linear map (table 14's capacity control)
     centres/widths each expert's Gaussian layer window, as fractions of the model's depth
     gain_clip      each expert's learned gain per layer is held in [0, gain_clip]
     router_hidden  hidden width of the router's MLP
@@ -34,6 +35,7 @@ class ControllerConfig(BaseModel):
     edit_layers: tuple[int, ...] | None = None
     pooling: Literal["last", "mean", "last+mean"] = "last"
     n_experts: int = Field(3, ge=1)
+    activation: Literal["gelu", "none"] = "gelu"
     bottleneck_ratio: int = Field(8, ge=1)
     centres: tuple[float, ...] = CENTRES
     widths: tuple[float, ...] = WIDTHS

@@ -52,7 +52,8 @@ class Veto(nn.Module):
 
 
 class Experts(nn.Module):
-    """K bottleneck maps per edited layer: e_k,l(h) = rms_l * g_k,l * w_k(l) * GELU(h / rms_l W_in + b) W_out.
+    """K bottleneck maps per edited layer: e_k,l(h) = rms_l * g_k,l * w_k(l) * GELU(h / rms_l W_in + b) W_out; without
+    GELU where the configuration leaves it out.
 
     rms_l is the base's own residual size at that layer, so one learning rate fits every depth. W_out starts at zero:
     an untrained controller edits nothing.
@@ -65,6 +66,7 @@ class Experts(nn.Module):
         self.layers = config.edit_layers
         self.n_layers = n_layers
         self.gain_clip = config.gain_clip
+        self.linear = config.activation == "none"
         self.w_in = nn.Parameter(torch.randn(n_edit, k, d_model, width) / d_model**0.5)
         self.b_in = nn.Parameter(torch.zeros(n_edit, k, width))
         self.w_out = nn.Parameter(torch.zeros(n_edit, k, width, d_model))
@@ -83,7 +85,7 @@ class Experts(nn.Module):
         result = {}
         for layer, (active, w_in, b_in, w_out, gain) in self._joined(dtype).items():
             weight = (strength[:, active] * gain).repeat_interleave(self.w_in.shape[-1], dim=1)
-            result[layer] = _layer_edit(w_in, b_in, w_out, weight.to(dtype))
+            result[layer] = _layer_edit(w_in, b_in, w_out, weight.to(dtype), self.linear)
         return result
 
     def _joined(self, dtype: torch.dtype) -> dict[int, Joined]:
@@ -120,14 +122,15 @@ class Experts(nn.Module):
         return result
 
 
-def _layer_edit(w_in: Tensor, b_in: Tensor, w_out: Tensor, weight: Tensor) -> Edit:
+def _layer_edit(w_in: Tensor, b_in: Tensor, w_out: Tensor, weight: Tensor, linear: bool) -> Edit:
     """w_in (d, m), b_in (m), w_out (m, d), weight (n, m) -> function on resid (n, t, d)."""
 
     def edit(resid: Tensor) -> Tensor:
         n, t, d = resid.shape
         flat = resid.reshape(n * t, d)
         row_weight = weight if t == 1 else weight.repeat_interleave(t, dim=0)
-        hidden = F.gelu(torch.addmm(b_in, flat, w_in), approximate="tanh") * row_weight
+        hidden = torch.addmm(b_in, flat, w_in)
+        hidden = (hidden if linear else F.gelu(hidden, approximate="tanh")) * row_weight
         return torch.addmm(flat, hidden, w_out).view(n, t, d)
 
     return edit

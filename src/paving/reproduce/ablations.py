@@ -30,7 +30,6 @@ from paving.reproduce.variants import known_variant, variant_of
 EDIT, BENIGN, HARMFUL = Bucket
 NOT_OPERATIONAL = measures.NOT_REFUSED - {Label.HARMFUL}
 NO_ALIGNMENT = "the paper does not define its held-out target alignment, and no run records one"
-NO_LOW_RANK = "there is no low-rank expert here: experts are bottleneck MLPs"
 NO_PAIRED_TARGETS = "the paper does not say what its paired-benign targets are, so there is no configuration for them"
 
 
@@ -145,7 +144,7 @@ def table_14(settings: Sequence[Setting]) -> Reproduction:
         "Full recipe": Measured(study.full, ""),
         "MLP no trajectory loss": study.variant(variants.NO_TRAJECTORY),
         "Single residual map": study.variant(variants.SINGLE_EXPERT),
-        "Low-rank residual": Measured(None, "", NO_LOW_RANK),
+        "Low-rank residual": study.variant(variants.LOW_RANK),
         "ActAdd safe-ref.": Measured(None, "", NO_STEERING),
         "DIM benign-harm.": Measured(None, "", NO_STEERING),
     }

@@ -17,6 +17,7 @@ LATE_EDIT = "late-edits"
 LATE_ROUTER = "late-router"
 EARLY_ROUTER = "early-router"
 SINGLE_EXPERT = "single-expert"
+LOW_RANK = "low-rank"
 FIXED_EXPERT = "fixed-expert"  # expert 0; any other one is no ablation of the paper's
 
 Leaves = Mapping[str, Any]  # dotted name -> value as in config.json
@@ -27,9 +28,10 @@ ROUTE, EDIT = "controller.route_layers", "controller.edit_layers"
 ROUTER = {ROUTE, EDIT, "controller.pooling"}  # what may change with the blocks that the router reads
 PAPERS_LAST_ROUTE = 4
 SCALES, POLICIES = "calibration.scales", "calibration.policies"
+ACTIVATION = "controller.activation"
 EXPERTS = {"controller.n_experts", "controller.centres", "controller.widths"}  # windows follow from the number of experts
 # A field that configurations written before it existed do not have, and what they meant.
-ABSENT = {"training.mixture": "router"}
+ABSENT = {"training.mixture": "router", "controller.activation": "gelu"}
 
 
 def variant_of(config: RunConfig, reference: RunConfig) -> str | None:
@@ -56,6 +58,8 @@ def named_variant(ours: Leaves, full: Leaves) -> str | None:
         return _router(ours[ROUTE])
     if differing <= EXPERTS and ours["controller.n_experts"] == 1 != full["controller.n_experts"]:
         return SINGLE_EXPERT
+    if differing <= {*EXPERTS, ACTIVATION} and ours[ACTIVATION] == "none" and ours["controller.n_experts"] == 1:
+        return LOW_RANK
     if len(differing) != 1:
         return None
     (name,) = differing
