@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from paving.backbone import Backbone, PromptBatch
 from paving.intervention import Decided
-from paving.steering.behaviour import Behaviour, BehaviourConfig, fit_behaviour
+from paving.prompts.types import Bucket, SplitName
+from paving.steering.behaviour import Behaviour, BehaviourConfig, behaviour_between, fit_behaviour
 from paving.steering.checks import check_base, check_strength
 from paving.steering.condition import Condition, ConditionConfig, fit_condition
+from paving.steering.material import Material, answered
 from paving.steering.states import Tick
 from paving.steering.steered import Steered
 from paving.training.openings import Openings
+
+OPENING = 12  # tokens of an answer that are its opening: where refusals and reframes part
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,32 @@ class ConditionalSteering:
         base = self.behaviour.base_name, self.behaviour.base_fingerprint
         with Steered(self.name, self.behaviour, self.condition, self.strength, *base).apply(backbone, batch) as decided:
             yield decided
+
+
+def fit_answer_cast(
+    backbone: Backbone,
+    material: Material,
+    behaviour: BehaviourConfig | None = None,
+    condition: ConditionConfig | None = None,
+    *,
+    tick: Tick | None = None,
+) -> tuple[Behaviour, Condition]:
+    """CAST turned round: from the base's refusals of edit prompts towards their edit targets, where a prompt looks like an
+    edit prompt rather than like a keep. An editor and a routing of `Steered`.
+
+    raises as `fit_behaviour` and `fit_condition`
+    """
+    prompts = material.of(SplitName.TRAIN, Bucket.EDIT)
+    refusals, targets = (answered(backbone, prompts, a, length=OPENING) for a in (material.answers, material.targets))
+    keeps = [p for b in (Bucket.BENIGN_KEEP, Bucket.HARMFUL_KEEP) for p in material.of(SplitName.TRAIN, b)]
+    others = random.Random(material.seed).sample(keeps, len(keeps))
+    n = max(len(prompts), len(others))  # PCA of pairs wants as many of both; the shorter side is gone through again
+    pairs = [(prompts[i % len(prompts)].text, others[i % len(others)].text) for i in range(n)]
+    config = behaviour or BehaviourConfig()
+    return (
+        behaviour_between(backbone, refusals, targets, config, tick=tick),
+        fit_condition(backbone, pairs, condition, tick=tick),
+    )
 
 
 def fit_cast(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from paving.backbone import Backbone, render_ids
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
 from paving.steering.checks import SteeringError
+from paving.training.opening_examples import Example
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,10 @@ class Material:
         if not found:
             raise SteeringError(f"the {split.value} split has no {bucket.value} prompts to fit a comparator on.")
         return found
+
+
+def answered(
+    backbone: Backbone, prompts: Sequence[Prompt], answers: Mapping[str, Sequence[int]], *, length: int | None = None
+) -> list[Example]:
+    """Prompts as the model reads them, each with its answer's tokens, or the first `length` of them."""
+    return [Example(render_ids(backbone, p.text), list(answers[p.id][:length])) for p in prompts]

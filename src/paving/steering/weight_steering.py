@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from paving.backbone import Backbone, PromptBatch
 from paving.backbone.weights import edited
 from paving.intervention import Decided, everywhere
+from paving.prompts.types import Bucket, SplitName
 from paving.steering.checks import SteeringError, check_base, check_strength
+from paving.steering.material import Material, answered
 from paving.steering.weight_delta import WeightDelta
 from paving.training.fine_tune import Say, fine_tune
-from paving.training.opening_examples import opening_examples
+from paving.training.opening_examples import Example, opening_examples
 from paving.training.openings import Openings
+
+Examples = Callable[[int], Sequence[Example]]
+"""epoch, from 0 -> what is learned in it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,22 @@ def check_fits(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -
             raise SteeringError(f"the delta's {name} is {tuple(value.shape)}; the model has {has}. Fit it on this model.")
 
 
+@dataclass(frozen=True)
+class WeightEditor:
+    """The same as an editor of `Steered`. Weights are the whole batch's: all its rows are edited at one strength."""
+
+    delta: WeightDelta
+
+    @contextmanager
+    def editing(self, backbone: Backbone, batch: PromptBatch, strength: Tensor) -> Iterator[None]:
+        """raises SteeringError where rows differ in strength"""
+        strengths = set(strength.tolist())
+        if len(strengths) > 1:
+            raise SteeringError("an edit of weights reaches every row of a batch alike; route it globally.")
+        with WeightSteering(self.delta, strengths.pop()).apply(backbone, batch):
+            yield
+
+
 class WeightSteeringConfig(BaseModel):
     """Both fine-tunes alike. Epochs, batch size and learning rate are those that C-ΔΘ's extracts give for its own."""
 
@@ -101,14 +122,51 @@ def fit_weight_steering(
     raises SteeringError for a base whose weights are quantised; FloatingPointError if a fine-tune diverges
     """
     config = config or WeightSteeringConfig()
+
+    def examples(phrases: Sequence[str]) -> Examples:
+        return lambda epoch: opening_examples(backbone, prompts, phrases, seed=config.seed, epoch=epoch)
+
+    refusing, complying = examples(openings.refusal), examples(openings.compliance)
+    return weights_between(backbone, complying, refusing, config, names=("compliance", "refusal"), say=say)
+
+
+def weights_between(
+    backbone: Backbone,
+    away_from: Examples,
+    towards: Examples,
+    config: WeightSteeringConfig,
+    *,
+    names: tuple[str, str] = ("away from", "towards"),
+    say: Say = lambda _line: None,
+) -> WeightDelta:
+    """θ+ − θ−: fine-tuned from θ0 on one kind of answers, less fine-tuned on another kind on the same prompts.
+
+    names  of the two, (θ−, θ+), as `say` and the delta's losses call them
+    raises as `fit_weight_steering`
+    """
     check_floats(backbone)
-    refusing, refusal_losses = _fine_tuned(backbone, prompts, openings.refusal, config, lambda s: say(f"refusal: {s}"))
-    complying, losses = _fine_tuned(backbone, prompts, openings.compliance, config, lambda s: say(f"compliance: {s}"))
+    minus_name, plus_name = names
+    plus, plus_losses = _fine_tuned(backbone, towards, config, lambda s: say(f"{plus_name}: {s}"))
+    minus, minus_losses = _fine_tuned(backbone, away_from, config, lambda s: say(f"{minus_name}: {s}"))
     dtypes = {name: p.dtype for name, p in backbone.model.named_parameters()}
     with torch.no_grad():
-        values = {name: (refusing.pop(name) - complying.pop(name)).to(dtype) for name, dtype in dtypes.items()}
-    both = {"refusal": tuple(refusal_losses), "compliance": tuple(losses)}
+        values = {name: (plus.pop(name) - minus.pop(name)).to(dtype) for name, dtype in dtypes.items()}
+    both = {plus_name: tuple(plus_losses), minus_name: tuple(minus_losses)}
     return WeightDelta(values, backbone.name, backbone.fingerprint, both)
+
+
+def fit_answer_weights(
+    backbone: Backbone, material: Material, config: WeightSteeringConfig | None = None, *, say: Say = lambda _line: None
+) -> WeightDelta:
+    """θ+ learns the edit targets of the training edit prompts, θ− the base's own refusals of them (arXiv 2511.05408, with
+    the safe reframe as the wanted answer). raises as `weights_between`"""
+    prompts = material.of(SplitName.TRAIN, Bucket.EDIT)
+    towards = answered(backbone, prompts, material.targets)
+    away_from = answered(backbone, prompts, material.answers)
+    config = config or WeightSteeringConfig()
+    return weights_between(
+        backbone, lambda _: away_from, lambda _: towards, config, names=("refusal", "edit target"), say=say
+    )
 
 
 def check_floats(backbone: Backbone) -> None:
@@ -121,12 +179,12 @@ def check_floats(backbone: Backbone) -> None:
 
 
 def _fine_tuned(
-    backbone: Backbone, prompts: Sequence[str], phrases: Sequence[str], config: WeightSteeringConfig, say: Say
+    backbone: Backbone, examples: Examples, config: WeightSteeringConfig, say: Say
 ) -> tuple[dict[str, Tensor], list[float]]:
     """(parameter name -> trained values, float32; mean loss of each epoch)."""
     model = copy.deepcopy(backbone.model).float()
     losses = fine_tune(
-        backbone, model, lambda epoch: opening_examples(backbone, prompts, phrases, seed=config.seed, epoch=epoch),
+        backbone, model, examples,
         epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate, weight_decay=0.0,
         seed=config.seed, say=say, packing=config.packing,
     )  # fmt: skip
