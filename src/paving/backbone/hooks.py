@@ -24,6 +24,13 @@ def edit_residuals(backbone: Backbone, edits: Mapping[int, Edit]) -> Iterator[No
 
     resid: (n, positions, d_model), the output of the block. Leaving the context removes every hook, also on an error.
     """
+    with edit_outputs({backbone.layers[layer]: edit for layer, edit in edits.items()}):
+        yield
+
+
+@contextmanager
+def edit_outputs(edits: Mapping[nn.Module, Edit]) -> Iterator[None]:
+    """While open, the output of each module (a tuple's first) becomes edits[module](output), or stays where that is None."""
 
     def hook_for(edit: Edit):
         def hook(_module, _inputs, output):
@@ -36,10 +43,10 @@ def edit_residuals(backbone: Backbone, edits: Mapping[int, Edit]) -> Iterator[No
 
     handles = []
     try:
-        for layer, edit in edits.items():
+        for module, edit in edits.items():
             # First in line, so that recorders (ours, and those transformers installs for output_hidden_states) see
             # the edited state. Without prepend the logits would be edited and the recorded states would not.
-            handles.append(backbone.layers[layer].register_forward_hook(hook_for(edit), prepend=True))
+            handles.append(module.register_forward_hook(hook_for(edit), prepend=True))
         yield
     finally:
         for handle in handles:

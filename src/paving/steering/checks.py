@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from paving.backbone import Backbone, BackboneError
 
 
@@ -26,4 +29,14 @@ def check_base(backbone: Backbone, name: str, fingerprint: str, what: str) -> No
         raise BackboneError(
             f"{what} was fitted on {name} (fingerprint {fingerprint}), but the model at hand is {backbone.name} "
             f"(fingerprint {backbone.fingerprint}). Load {name}, or fit on {backbone.name}."
+        )
+
+
+def check_unit(vector: Tensor, what: str) -> None:
+    """raises SteeringError unless vector is (d_model,) float32 of length 1"""
+    length = float(vector.norm())
+    if vector.dim() != 1 or vector.dtype != torch.float32 or not math.isclose(length, 1.0, rel_tol=1e-4):
+        raise SteeringError(
+            f"{what} is {tuple(vector.shape)} {vector.dtype} of length {length:g}; it must be (d_model,) torch.float32 of "
+            "length 1. Divide it by its norm."
         )

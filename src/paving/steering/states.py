@@ -55,8 +55,15 @@ def mean_states(backbone: Backbone, ids: Tensor, mask: Tensor, counted: Tensor, 
         # In float32: a sum of bfloat16 loses what tells two prompts apart.
         return (resid.float() * weight).sum(1) / weight.sum(1)
 
+    return read_states(backbone, ids, mask, layers, pooled)
+
+
+def read_states(
+    backbone: Backbone, ids: Tensor, mask: Tensor, layers: Sequence[int], keep: Callable[[Tensor], Tensor]
+) -> dict[int, Tensor]:
+    """layer -> keep(block output (n, width, d_model)), from one unedited pass."""
     batch = PromptBatch(ids, mask, ("",) * len(ids), (None,) * len(ids))
-    with torch.no_grad(), record_residuals(backbone, layers, keep=pooled) as seen:
+    with torch.no_grad(), record_residuals(backbone, layers, keep=keep) as seen:
         backbone.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
     return seen
 

@@ -1,0 +1,145 @@
+"""DIM: one refusal direction, the difference of two mean states, chosen by what taking it away and adding it does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from paving.backbone import Backbone, checked_ids
+from paving.prompts.types import Bucket, Prompt, SplitName
+from paving.steering.ablation import Ablation
+from paving.steering.addition import Addition
+from paving.steering.checks import SteeringError
+from paving.steering.dim_selection import Candidate, Limits, SelectionPrompts, choose, scored
+from paving.steering.directions import position_means, post_instruction_tokens
+from paving.steering.material import Material
+from paving.steering.orthogonal import Orthogonal
+from paving.steering.refusal_score import RefusalTokens, refusal_tokens
+
+Say = Callable[[str], None]
+
+
+class DimConfig(BaseModel):
+    """Which directions are candidates, and how one is chosen. Limits are the published ones.
+
+    last_positions       candidates are read at the last so many of the tokens behind the instruction, or at all of them
+                         where there are fewer; None: at all of them, as published. The default 3 is for the sake of time
+    layer_step           every so manieth layer below the depth limit is a candidate; published: 1
+    calibration_prompts  at most so many calibration prompts of either kind are scored, drawn by Material.seed; published: 32
+    kl_limit             mean KL(base || ablated) on benign keeps at the first answer position, at most (nats)
+    induced_limit        mean refusal score on benign keeps with the direction added, at least
+    depth                the direction is added in front of a block within this part of the depth
+    refusal_share        see `refusal_tokens`
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    last_positions: int | None = Field(3, ge=1)
+    layer_step: int = Field(1, ge=1)
+    calibration_prompts: int = Field(32, ge=1)
+    kl_limit: float = Field(0.1, ge=0)
+    induced_limit: float = 0.0
+    depth: float = Field(0.8, gt=0, le=1)
+    refusal_share: float = Field(0.9, gt=0, le=1)
+    batch_size: int = Field(16, ge=1)
+
+    def limits(self) -> Limits:
+        return Limits(self.kl_limit, self.induced_limit)
+
+
+@dataclass(frozen=True)
+class Dim:
+    """r = mean state of harmful keeps − mean state of benign keeps, at one layer and token (arXiv 2406.11717).
+
+    direction   r, (d_model,) float32, with its own length; r̂ is r / ‖r‖
+    chosen      where r was read and what it does; `layer` is the block whose output that is. The published code numbers
+                the same state layer + 1, by the block that reads it
+    candidates  all that were scored, the chosen one among them
+    tokens      what refusals are told by in the scores
+    """
+
+    direction: Tensor
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    tokens: RefusalTokens
+    base_name: str
+    base_fingerprint: str
+
+    @property
+    def unit(self) -> Tensor:
+        return self.direction / self.direction.norm()
+
+    def ablation(self) -> Ablation:
+        return Ablation(self.unit)
+
+    def orthogonal(self) -> Orthogonal:
+        return Orthogonal(self.unit)
+
+    def act_sub(self) -> Addition:
+        """x ← x − s · r, away from refusal: Residual Paving's "benign-keep minus harmful-keep boundary direction"."""
+        return Addition(-self.direction, self.chosen.layer)
+
+    def act_add(self) -> Addition:
+        """x ← x + s · r, towards refusal."""
+        return Addition(self.direction, self.chosen.layer)
+
+
+def fit_dim(
+    backbone: Backbone, material: Material, config: DimConfig | None = None, *, say: Say = lambda _line: None
+) -> Dim:
+    """Directions from the training split's keeps; one is chosen on the calibration split.
+
+    Reading takes one pass over each training keep, for all layers and tokens. Choosing takes, per candidate, an ablated
+    pass over the benign calibration prompts, one with the direction added where that passed, and one over the edit prompts,
+    which the base refuses, where both passed. `say` hears how far it is.
+
+    raises SteeringError if no candidate keeps within the limits, naming how many failed each
+    """
+    config = config or DimConfig()
+    tokens = refusal_tokens(material, config.refusal_share)
+    directions = harmful_minus_benign(backbone, material, config)
+    n_layers, n_positions, _ = directions.shape
+    # The state behind block l is what block l + 1 reads; published layers are counted by the reader.
+    layers = range(0, int(config.depth * n_layers) - 1, config.layer_step)
+    if not layers:
+        raise SteeringError(
+            f"no block of {backbone.name} has one behind it within {config.depth:g} of its {n_layers} layers, where a "
+            "direction could be added. Widen DimConfig.depth."
+        )
+    places = [(layer, position) for layer in layers for position in range(-n_positions, 0)]
+    prompts = SelectionPrompts.rendered(
+        backbone,
+        refused=_drawn(material, Bucket.EDIT, config),
+        benign=_drawn(material, Bucket.BENIGN_KEEP, config),
+        batch_size=config.batch_size,
+    )
+    candidates = []
+    for i, (layer, position) in enumerate(places):
+        vector = directions[layer, position]
+        candidates.append(scored(backbone, vector, layer, position, prompts, tokens, config.limits()))
+        say(f"direction {i + 1} of {len(places)}: block {layer}, token {position}")
+    chosen = choose(candidates, config.limits())
+    vector = directions[chosen.layer, chosen.position].clone()
+    return Dim(vector, chosen, tuple(candidates), tokens, backbone.name, backbone.fingerprint)
+
+
+def harmful_minus_benign(backbone: Backbone, material: Material, config: DimConfig) -> Tensor:
+    """(n_layers, n_positions, d_model) float32: [layer, -1] is read at the last prompt token. Training keeps only."""
+    harmful, benign = (
+        [checked_ids(backbone, p) for p in material.of(SplitName.TRAIN, bucket)]
+        for bucket in (Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP)
+    )
+    n_positions = post_instruction_tokens(harmful + benign)
+    if config.last_positions is not None:
+        n_positions = min(n_positions, config.last_positions)
+    means = (position_means(backbone, rows, n_positions, batch_size=config.batch_size) for rows in (harmful, benign))
+    return next(means) - next(means)
+
+
+def _drawn(material: Material, bucket: Bucket, config: DimConfig) -> list[Prompt]:
+    prompts = material.of(SplitName.CALIBRATION, bucket)
+    return random.Random(material.seed).sample(prompts, min(config.calibration_prompts, len(prompts)))

@@ -1,0 +1,126 @@
+"""DIM's choice among directions: which one takes refusals away, can bring them about, and leaves the rest alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from paving.backbone import Backbone, PromptBatch, checked_ids, render_batch
+from paving.generation import batches_by_length
+from paving.prompts.types import Prompt
+from paving.steering.ablation import Ablation
+from paving.steering.addition import Addition
+from paving.steering.checks import SteeringError
+from paving.steering.refusal_score import RefusalTokens, next_token_logits, refusal_scores
+from paving.steering.steered import Editor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """kl: at most. induced: at least."""
+
+    kl: float
+    induced: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A direction's place and scores, in this order; None: not scored, as an earlier one was beyond its limit.
+
+    layer     the block whose output was read; position: the token, -1 is the prompt's last
+    kl        mean KL(base || ablated) on benign prompts at the first answer position (nats)
+    induced   mean refusal score of benign prompts with the direction added
+    refusal   mean refusal score of refused prompts under ablation: the lower, the better
+    """
+
+    layer: int
+    position: int
+    kl: float | None = None
+    induced: float | None = None
+    refusal: float | None = None
+
+
+@dataclass(frozen=True)
+class SelectionPrompts:
+    """Batches of prompts the base refuses, and of benign ones with the base's log-probabilities (n, vocab) float32."""
+
+    refused: tuple[PromptBatch, ...]
+    benign: tuple[PromptBatch, ...]
+    base: tuple[Tensor, ...]
+
+    @classmethod
+    def rendered(
+        cls, backbone: Backbone, *, refused: Sequence[Prompt], benign: Sequence[Prompt], batch_size: int
+    ) -> SelectionPrompts:
+        def batches(prompts: Sequence[Prompt]) -> tuple[PromptBatch, ...]:
+            rows = {p.id: checked_ids(backbone, p) for p in prompts}
+            return tuple(render_batch(backbone, c) for c in batches_by_length(prompts, rows, batch_size))
+
+        kept = batches(benign)
+        return cls(batches(refused), kept, tuple(next_token_logits(backbone, b).log_softmax(-1) for b in kept))
+
+
+def scored(
+    backbone: Backbone,
+    vector: Tensor,
+    layer: int,
+    position: int,
+    prompts: SelectionPrompts,
+    tokens: RefusalTokens,
+    limits: Limits,
+) -> Candidate:
+    """vector: r, (d_model,) float32. Passes that cannot change the choice any more are left out."""
+    length = float(vector.norm())
+    if not length > 0:  # states that do not differ, or are not numbers, give no direction
+        return Candidate(layer, position)
+    ablation, addition = Ablation(vector / length), Addition(vector, layer)
+    ablated = _logits(backbone, ablation, prompts.benign)
+    kl = torch.cat([_kl(base, logits) for base, logits in zip(prompts.base, ablated, strict=True)]).mean().item()
+    if not kl <= limits.kl:
+        return Candidate(layer, position, kl)
+    induced = _score(_logits(backbone, addition, prompts.benign), tokens)
+    if not induced >= limits.induced:
+        return Candidate(layer, position, kl, induced)
+    return Candidate(layer, position, kl, induced, _score(_logits(backbone, ablation, prompts.refused), tokens))
+
+
+def _logits(backbone: Backbone, editor: Editor, batches: Sequence[PromptBatch]) -> list[Tensor]:
+    found = []
+    for batch in batches:
+        with editor.editing(backbone, batch, torch.ones(len(batch))):
+            found.append(next_token_logits(backbone, batch))
+    return found
+
+
+def _kl(base: Tensor, logits: Tensor) -> Tensor:
+    """(n,) float64, in nats, over the whole vocabulary."""
+    edited = logits.double().log_softmax(-1)
+    return F.kl_div(edited, base.double(), log_target=True, reduction="none").sum(-1)
+
+
+def _score(logits: Sequence[Tensor], tokens: RefusalTokens) -> float:
+    return torch.cat([refusal_scores(part, tokens.ids) for part in logits]).mean().item()
+
+
+def choose(candidates: Sequence[Candidate], limits: Limits) -> Candidate:
+    """The lowest refusal score under ablation among those within the limits; of equals the first.
+
+    raises SteeringError where there is none, naming how many failed each limit
+    """
+    within = [c for c in candidates if c.refusal is not None and math.isfinite(c.refusal)]
+    if within:
+        return min(within, key=lambda c: c.refusal)
+    none = sum(c.kl is None for c in candidates)
+    moved = sum(c.kl is not None and c.induced is None for c in candidates)
+    mute = sum(c.induced is not None and c.refusal is None for c in candidates)
+    raise SteeringError(
+        f"none of {len(candidates)} refusal directions may be chosen: {none} have no length; {moved} change benign prompts "
+        f"by a KL above {limits.kl:g} when ablated; of the rest {mute} reach no mean refusal score of {limits.induced:g} on "
+        f"benign prompts when added; {len(candidates) - none - moved - mute} have no finite score under ablation. Give "
+        "other prompts or positions (DimConfig.last_positions), or widen a limit (DimConfig.kl_limit, induced_limit)."
+    )
