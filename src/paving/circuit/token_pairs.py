@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from paving.backbone import Backbone, PromptBatch, pad_left, render_ids
-from paving.backbone.hooks import contiguous_head_input
 from paving.circuit.mask import CircuitError
 from paving.circuit.pairs import Pair
+from paving.traces.forward import next_token_logits
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,4 @@ def pair_batches(backbone: Backbone, pairs: Sequence[TokenPair], size: int) -> I
 def last_logits(backbone: Backbone, ids: Tensor, mask: Tensor, *, embeddings: Tensor | None = None) -> Tensor:
     """(n, vocab) after the last column, float32 at least. ids, mask: (n, t) int64, padded on the left; `embeddings`,
     (n, t, d_model), replace ids."""
-    positions = PromptBatch(ids, mask, (), ()).position_ids
-    inputs = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
-    with contiguous_head_input(backbone):
-        output = backbone.model(**inputs, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
-    logits = output.logits[:, -1]
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return next_token_logits(backbone, PromptBatch(ids, mask, (), ()), embeddings=embeddings)

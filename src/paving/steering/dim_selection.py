@@ -16,8 +16,9 @@ from paving.prompts.types import Prompt
 from paving.steering.ablation import Ablation
 from paving.steering.addition import Addition
 from paving.steering.checks import SteeringError
-from paving.steering.refusal_score import RefusalTokens, next_token_logits, refusal_scores
+from paving.steering.refusal_score import RefusalTokens, refusal_scores
 from paving.steering.steered import Editor
+from paving.traces.forward import next_token_logits
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class SelectionPrompts:
     base: tuple[Tensor, ...]
 
     @classmethod
+    @torch.no_grad()
     def rendered(
         cls, backbone: Backbone, *, refused: Sequence[Prompt], benign: Sequence[Prompt], batch_size: int
     ) -> SelectionPrompts:
@@ -89,6 +91,7 @@ def scored(
     return Candidate(layer, position, kl, induced, _score(_logits(backbone, ablation, prompts.refused), tokens))
 
 
+@torch.no_grad()
 def _logits(backbone: Backbone, editor: Editor, batches: Sequence[PromptBatch]) -> list[Tensor]:
     found = []
     for batch in batches:

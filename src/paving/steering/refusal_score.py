@@ -6,11 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from paving.backbone import Backbone, PromptBatch
-from paving.backbone.hooks import contiguous_head_input
 from paving.prompts.types import Bucket, SplitName
 from paving.steering.checks import SteeringError
 from paving.steering.material import Material
@@ -64,17 +61,3 @@ def refusal_scores(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """(n,) float64: log p − log(1 − p), p = the probability of any of the tokens (arXiv 2406.11717). logits: (n, vocab)"""
     p = logits.double().softmax(-1)[:, list(tokens)].sum(-1)
     return (p + EPSILON).log() - (1 - p + EPSILON).log()
-
-
-@torch.no_grad()
-def next_token_logits(backbone: Backbone, batch: PromptBatch) -> Tensor:
-    """(n, vocab) float32: of the first answer token, in one pass over the prompts under whatever edits are open."""
-    with contiguous_head_input(backbone):
-        output = backbone.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    return output.logits[:, -1].float()

@@ -55,6 +55,21 @@ def teacher_forced_logits(
         ).logits
 
 
+def next_token_logits(backbone: Backbone, batch: PromptBatch, *, embeddings: Tensor | None = None) -> Tensor:
+    """(n, vocab) after the last prompt token, float32 at least, with its graph. `embeddings`, (n, width, d_model), stand in
+    for the prompts' own."""
+    inputs = {"input_ids": batch.input_ids} if embeddings is None else {"inputs_embeds": embeddings}
+    with contiguous_head_input(backbone):
+        logits = backbone.model(
+            **inputs,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=1,
+        ).logits[:, -1]
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def prompt_cache(backbone: Backbone, batch: PromptBatch) -> DynamicCache:
     """KV of every prompt column but the last. Full-length layers also where the model slides a window: the mask does it."""
     cache = DynamicCache()
