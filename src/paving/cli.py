@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paving import cli_circuit, cli_judge, cli_reproduce, cli_utility
+from paving import cli_circuit, cli_compare, cli_judge, cli_reproduce, cli_utility
 from paving.terminal import AsJson, err, one_line_errors, out
 
 # Before torch is imported: a waiting OpenMP thread spins briefly, then sleeps. Endless spinning (the default) makes
@@ -254,7 +254,8 @@ def models(as_json: AsJson = False) -> None:
     out.print("Any other decoder-only Hugging Face model works too: route 1-4, edit every layer after.")
 
 
-for command in (cli_judge.judge, cli_judge.agree, cli_judge.sample, cli_reproduce.reproduce, cli_utility.utility):
+judging = (cli_judge.judge, cli_judge.agree, cli_judge.sample)
+for command in (cli_compare.compare, *judging, cli_reproduce.reproduce, cli_utility.utility):
     app.command()(command)
 
 

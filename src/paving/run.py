@@ -16,6 +16,7 @@ from paving.controller.card import write_card
 from paving.controller.gates import Oracle
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import fresh_controller, load_controller, read_description, save_controller
+from paving.evaluation.comparison import read_comparison
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Exchange, Judge, judge_all
 from paving.evaluation.judges.named import judge_from
@@ -31,6 +32,7 @@ from paving.prompts.splits import restrict, split_prompts
 from paving.prompts.starter_set import starter_prompts
 from paving.prompts.types import Bucket, Prompt, PromptError, SplitName, Splits, count_by_bucket
 from paving.report import write_report
+from paving.report.comparison import rows_to_show
 from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json, write_text
 from paving.run_records import card_rows, examples_of, gate_logits, scale_points
 from paving.run_rows import row_specs
@@ -223,6 +225,8 @@ def report(folder: Path, judged: Path | None = None) -> Path:
         raise RunError(f"{path} is damaged or of another version. Evaluate again: paving eval {folder}") from error
     examples = examples_of(folder, out / "verdicts", [r.name for r in metrics.rows])
     further = {"diagnostics": diagnostics_of(folder), "utility": read_utility(folder / "utility.json")}
+    if judged is None:  # comparators are judged by the run's own judge alone
+        further |= comparison_of(folder)
     return write_report(metrics, out / "report.html", examples=examples, **further)
 
 
@@ -235,6 +239,20 @@ def diagnostics_of(folder: Path) -> Diagnostics | None:
         return Diagnostics.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path} is damaged or of another version. Diagnose again: paving diagnose {folder}") from error
+
+
+def comparison_of(folder: Path) -> dict[str, object]:
+    """What `paving compare` found in this run and a few answers to show; empty where it was not asked."""
+    path = folder / "comparison" / "comparison.json"
+    try:
+        found = read_comparison(path)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged or of another version. Compare again: paving compare {folder}") from error
+    if found is None:
+        return {}
+    answers = path.parent
+    shown = examples_of(answers, answers / "verdicts", rows_to_show(found), per_bucket=2, run=folder)
+    return {"comparison": found, "comparison_examples": shown}
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------

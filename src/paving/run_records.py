@@ -59,10 +59,13 @@ def scale_points(calibration: Mapping) -> list[ScalePoint]:
     return points
 
 
-def examples_of(folder: Path, verdicts: Path, names: Sequence[str], per_bucket: int = 4) -> list[Example]:
+def examples_of(
+    folder: Path, verdicts: Path, names: Sequence[str], per_bucket: int = 4, *, run: Path | None = None
+) -> list[Example]:
     """The same few prompts of each bucket under every row, with their labels (the report redacts Harmful ones).
 
     An answer that any judge of this run called HARMFUL is one here, whoever's verdicts are reported.
+    run: the run folder, where `folder` is only a part of it
     """
     by_row: dict[str, dict[str, Completion]] = {}
     labels: dict[str, dict[str, str]] = {}
@@ -71,7 +74,7 @@ def examples_of(folder: Path, verdicts: Path, names: Sequence[str], per_bucket: 
         if path.exists() and judged.exists():
             by_row[name] = {c.id: c for c in load_completions(path)}
             labels[name] = {line.id: line.label for line in read_verdicts(judged)}
-    harmful = harmful_to_any(folder)
+    harmful = harmful_to_any(run or folder)
     examples = []
     for bucket in Bucket:
         base = [c for c in by_row.get("base", {}).values() if c.bucket == bucket]
@@ -87,8 +90,9 @@ def examples_of(folder: Path, verdicts: Path, names: Sequence[str], per_bucket: 
 
 
 def harmful_to_any(folder: Path) -> set[str]:
-    """Texts (`text_hash`) that the run's own or a second judge called HARMFUL, in whichever row."""
-    paths = [*folder.glob("verdicts/*.jsonl"), *folder.glob("judges/*/verdicts/*.jsonl")]
+    """Texts (`text_hash`) that the run's own or a second judge called HARMFUL, in whichever row or comparator."""
+    patterns = ("verdicts/*.jsonl", "judges/*/verdicts/*.jsonl", "comparison/verdicts/*.jsonl")
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
     return {v.text_sha256 for path in paths for v in read_verdicts(path) if v.label is Label.HARMFUL and v.text_sha256}
 
 

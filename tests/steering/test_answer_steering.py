@@ -38,7 +38,8 @@ def log_prob(backbone, rows, tokens) -> float:
 
 def test_cast_opens_on_edit_prompts_alone_and_moves_them_from_refusal_towards_the_target():
     backbone = tiny_backbone()
-    behaviour, condition = fit_answer_cast(backbone, material(), BehaviourConfig(layers=(3,), read="last"))
+    cast = fit_answer_cast(backbone, material(), BehaviourConfig(layers=(3,), read="last"))
+    behaviour, condition = cast.behaviour, cast.condition
     batch = render_batch(backbone, ROWS)
     base, edit = logits_of(backbone, batch), [p.bucket is Bucket.EDIT for p in ROWS]
     assert behaviour.gaps[3] > 0
@@ -48,7 +49,8 @@ def test_cast_opens_on_edit_prompts_alone_and_moves_them_from_refusal_towards_th
         other = [render_ids(backbone, p.text) + list(REFUSAL if towards else TARGET) for p in ROWS[:5]]
         others = tail_means(backbone, other, [1] * 5, (3,), batch_size=5)[:, 0].mean(0)
         assert ((means - others) @ behaviour.vectors[3] > 0) == towards
-    steered = Steered("cast", behaviour, condition, 1.5, backbone.name, backbone.fingerprint)
+    assert behaviour.vectors[3].norm().item() == pytest.approx(behaviour.gaps[3], rel=1e-4)
+    steered = Steered("cast", cast, condition, 1.5, backbone.name, backbone.fingerprint)
     with record_residuals(backbone, [3]) as untouched:
         logits_of(backbone, batch)
     with steered.apply(backbone, batch) as applied, record_residuals(backbone, [3]) as seen:

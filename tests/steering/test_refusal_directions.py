@@ -9,7 +9,6 @@ from itertools import product
 
 import pytest
 import torch
-from tiny_material import REFUSAL_FIRST, tiny_material
 
 from paving.backbone import render_batch, render_ids
 from paving.backbone.hooks import record_residuals
@@ -20,6 +19,7 @@ from paving.steering.dim import DimConfig, fit_dim
 from paving.steering.dim_selection import Candidate, Limits, choose
 from paving.steering.directions import position_means, post_instruction_tokens
 from paving.steering.refusal_score import RefusalTokens, refusal_scores, refusal_tokens
+from tiny_material import REFUSAL_FIRST, tiny_material
 from tiny_models import HIDDEN, LAYERS, hooks_on, logits_of, tiny_backbone
 
 ROWS = ([5, 6, 7, 8, 9, 2, 5], [10, 11, 2, 5], [12, 13, 14, 2, 5], [15, 16, 17, 18, 19, 20, 21, 2, 5])
@@ -176,13 +176,18 @@ def scores(llama, material):
 
 
 def test_every_score_is_that_of_a_loop_over_single_prompts(llama, material, scores):
-    said = []
-    dim = fit_dim(llama, material, DimConfig(batch_size=3, **WIDE), say=said.append)
+    told, ticks = [], []
+
+    def stage(what, total):
+        told.append((what, total))
+        return ticks.append
+
+    dim = fit_dim(llama, material, DimConfig(batch_size=3, **WIDE), stage=stage)
     assert {(c.layer, c.position) for c in dim.candidates} == scores.keys() and len(scores) == 6
     for c in dim.candidates:
         _, kl, induced, refusal = scores[c.layer, c.position]
         assert (c.kl, c.induced, c.refusal) == pytest.approx((kl, induced, refusal), rel=1e-3, abs=1e-4)
-    assert len(said) == 6 and "6 of 6" in said[-1]
+    assert told == [("DIM: directions", 6)] and ticks == [1] * 6
     assert dim.tokens.ids == REFUSAL_FIRST
     assert hooks_on(llama.model) == []
 

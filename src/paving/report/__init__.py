@@ -1,5 +1,6 @@
 """What a run did, shown: one self-contained HTML page, a terminal table, markdown, and the main picture."""
 
+from paving.report.comparison import comparison_table, nothing_passes
 from paving.report.diagnostics import diagnosis_lines
 from paving.report.examples import Example
 from paving.report.page import write_picture, write_report
@@ -7,7 +8,9 @@ from paving.report.tables import three_way_markdown, three_way_table
 
 __all__ = [
     "Example",
+    "comparison_table",
     "diagnosis_lines",
+    "nothing_passes",
     "policy_sentences",
     "policy_table",
     "three_way_markdown",

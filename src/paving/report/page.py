@@ -7,12 +7,14 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from paving.evaluation.comparison import Comparison
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics, OracleGapIntervals, Rate, Row
 from paving.evaluation.utility import Utility
 from paving.prompts.types import Bucket
 from paving.report import figures, tables
+from paving.report.comparison import comparison_section
 from paving.report.diagnostics import diagnostics_section
 from paving.report.examples import Example, SideBySide, redact, side_by_side
 from paving.report.tables import percent, points
@@ -27,9 +29,14 @@ def write_report(
     title: str | None = None,
     diagnostics: Diagnostics | None = None,
     utility: Utility | None = None,
+    comparison: Comparison | None = None,
+    comparison_examples: Sequence[Example] = (),
 ) -> Path:
     """Write the page of a run to `path`, which holds either the old page or the whole new one, never a part of it."""
-    page = render(metrics, examples=examples, title=title, diagnostics=diagnostics, utility=utility)
+    page = render(
+        metrics, examples=examples, title=title, diagnostics=diagnostics, utility=utility,
+        comparison=comparison, comparison_examples=comparison_examples,
+    )  # fmt: skip
     return write_page(page, path)
 
 
@@ -49,6 +56,8 @@ def render(
     title: str | None = None,
     diagnostics: Diagnostics | None = None,
     utility: Utility | None = None,
+    comparison: Comparison | None = None,
+    comparison_examples: Sequence[Example] = (),
 ) -> str:
     """The source of the page. HARMFUL texts are gone before the template sees anything."""
     return fill(
@@ -70,6 +79,7 @@ def render(
         diagnostics=diagnostics and diagnostics_section(diagnostics),
         diagnostics_judge=diagnostics and diagnostics.judge,
         utility=utility and tables.utility(utility),
+        comparison=comparison and comparison_section(comparison, redact(comparison_examples)),
         three_way=tables.three_way(metrics),
         labels=tables.label_counts(metrics),
         against=tables.against_references(metrics),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from paving.backbone import Backbone, PromptBatch
 from paving.intervention import Decided
@@ -17,6 +19,23 @@ from paving.steering.material import Material, answered
 from paving.steering.states import Tick
 from paving.steering.steered import Steered
 from paving.training.openings import Openings
+
+
+@dataclass(frozen=True)
+class AnswerCast:
+    """CAST turned round: an editor, and the condition that belongs to it as a routing.
+
+    behaviour  vectors of the length of their gap: at strength 1 a state moves as far as an edit target lies from a refusal
+    """
+
+    behaviour: Behaviour
+    condition: Condition
+
+    @contextmanager
+    def editing(self, backbone: Backbone, batch: PromptBatch, strength: Tensor) -> Iterator[None]:
+        with self.behaviour.editing(backbone, batch, strength):
+            yield
+
 
 OPENING = 12  # tokens of an answer that are its opening: where refusals and reframes part
 
@@ -58,9 +77,9 @@ def fit_answer_cast(
     condition: ConditionConfig | None = None,
     *,
     tick: Tick | None = None,
-) -> tuple[Behaviour, Condition]:
-    """CAST turned round: from the base's refusals of edit prompts towards their edit targets, where a prompt looks like an
-    edit prompt rather than like a keep. An editor and a routing of `Steered`.
+) -> AnswerCast:
+    """From the base's refusals of edit prompts towards their edit targets, where a prompt looks like an edit prompt rather
+    than like a keep.
 
     raises as `fit_behaviour` and `fit_condition`
     """
@@ -71,10 +90,9 @@ def fit_answer_cast(
     n = max(len(prompts), len(others))  # PCA of pairs wants as many of both; the shorter side is gone through again
     pairs = [(prompts[i % len(prompts)].text, others[i % len(others)].text) for i in range(n)]
     config = behaviour or BehaviourConfig()
-    return (
-        behaviour_between(backbone, refusals, targets, config, tick=tick),
-        fit_condition(backbone, pairs, condition, tick=tick),
-    )
+    found = behaviour_between(backbone, refusals, targets, config, tick=tick)
+    found = replace(found, vectors={layer: v * found.gaps[layer] for layer, v in found.vectors.items()})
+    return AnswerCast(found, fit_condition(backbone, pairs, condition, tick=tick))
 
 
 def fit_cast(

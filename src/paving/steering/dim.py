@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,8 +18,7 @@ from paving.steering.directions import position_means, post_instruction_tokens
 from paving.steering.material import Material
 from paving.steering.orthogonal import Orthogonal
 from paving.steering.refusal_score import RefusalTokens, refusal_tokens
-
-Say = Callable[[str], None]
+from paving.training.prepare import Stage, silent
 
 
 class DimConfig(BaseModel):
@@ -88,14 +86,12 @@ class Dim:
         return Addition(self.direction, self.chosen.layer)
 
 
-def fit_dim(
-    backbone: Backbone, material: Material, config: DimConfig | None = None, *, say: Say = lambda _line: None
-) -> Dim:
+def fit_dim(backbone: Backbone, material: Material, config: DimConfig | None = None, *, stage: Stage = silent) -> Dim:
     """Directions from the training split's keeps; one is chosen on the calibration split.
 
     Reading takes one pass over each training keep, for all layers and tokens. Choosing takes, per candidate, an ablated
     pass over the benign calibration prompts, one with the direction added where that passed, and one over the edit prompts,
-    which the base refuses, where both passed. `say` hears how far it is.
+    which the base refuses, where both passed.
 
     raises SteeringError if no candidate keeps within the limits, naming how many failed each
     """
@@ -118,10 +114,11 @@ def fit_dim(
         batch_size=config.batch_size,
     )
     candidates = []
-    for i, (layer, position) in enumerate(places):
+    tick = stage("DIM: directions", len(places))
+    for layer, position in places:
         vector = directions[layer, position]
         candidates.append(scored(backbone, vector, layer, position, prompts, tokens, config.limits()))
-        say(f"direction {i + 1} of {len(places)}: block {layer}, token {position}")
+        tick(1)
     chosen = choose(candidates, config.limits())
     vector = directions[chosen.layer, chosen.position].clone()
     return Dim(vector, chosen, tuple(candidates), tokens, backbone.name, backbone.fingerprint)

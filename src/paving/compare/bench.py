@@ -1,0 +1,179 @@
+"""An evaluated run, opened to measure comparators on: its prompts, targets, base answers, probe and veto."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from paving.backbone import Backbone
+from paving.compare.methods import VARIANTS
+from paving.compare.workshop import Workshop
+from paving.controller.residual_paving import ResidualPaving
+from paving.controller.store import load_controller
+from paving.diagnose.study import read_metrics
+from paving.evaluation.judges import Judge
+from paving.evaluation.results import Metrics
+from paving.evaluation.three_way import HORIZON
+from paving.generation import Completion
+from paving.prompts.types import Bucket, Prompt, SplitName, Splits
+from paving.run import Means, labels_of, recorded_split, split_of
+from paving.run_folder import RunConfig, RunError, read_config
+from paving.steering.material import Material
+from paving.steering.routing import Global, Labelled, Linear, Probe, fit_probe
+from paving.steering.steered import Routing
+from paving.traces.completions import as_completions, base_continuations
+from paving.traces.store import TraceStore
+from paving.training.calibrate import choose_threshold
+from paving.training.prepare import boundary_matrix, edit_targets
+
+FITTING = (SplitName.TRAIN, SplitName.CALIBRATION)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is costly is made when first asked for, and not at all where everything that it would serve is on disk."""
+
+    folder: Path
+    config: RunConfig
+    metrics: Metrics
+    backbone: Backbone
+    store: TraceStore
+    controller: ResidualPaving
+    splits: Splits
+    judge: Judge
+    means: Means
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "comparison"
+
+    @cached_property
+    def calibration(self) -> dict[Bucket, tuple[Prompt, ...]]:
+        """As many calibration prompts as the run's own calibration looked at."""
+        found = {b: self.splits.of(SplitName.CALIBRATION, b) for b in Bucket}
+        return found | {Bucket.EDIT: found[Bucket.EDIT][: self.config.calibration.max_edit_prompts]}
+
+    @cached_property
+    def held_out(self) -> tuple[Prompt, ...]:
+        return self.splits.of(SplitName.HELD_OUT)
+
+    @cached_property
+    def material(self) -> Material:
+        """The run's own targets, as long as its training had them, and the base's whole answers."""
+        training, reference = self.config.training, None
+        if self.config.targets_from is not None:
+            training = training.model_copy(update={"targets": "reference"})
+            reference = self.means.load(self.config.targets_from, self.config.dtype)
+        edit = [p for s in FITTING for p in self.splits.of(s, Bucket.EDIT)]
+        targets = edit_targets(self.backbone, self.store, edit, training, reference, self.means.stage)
+        prompts = [p for s in FITTING for p in self.splits.of(s)]
+        answers = self.base_answers(prompts)
+        return Material(
+            Splits(self.splits.train, self.splits.calibration, ()),  # a method that asks for held-out prompts finds none
+            {i: t.continuation for i, t in targets.items()},
+            answers,
+            training.seed,
+        )
+
+    @cached_property
+    def workshop(self) -> Workshop:
+        return Workshop(self.backbone, self.material, self.means.stage, self.means.say)
+
+    def base_answers(self, prompts: Sequence[Prompt]) -> dict[str, tuple[int, ...]]:
+        tick = self.means.stage("base answers (training and calibration)", len(prompts))
+        return base_continuations(self.backbone, self.store, prompts, self.config.decoding.max_new_tokens, tick=tick)
+
+    def labels(self, answers: Sequence[Completion]) -> dict[str, str]:
+        """Prompt id -> label by the run's judge."""
+        return {c.id: label for c, label in zip(answers, labels_of(self.judge)(answers), strict=True)}
+
+    @cached_property
+    def base_labels(self) -> dict[str, str]:
+        """Labels of the base's own answers to the calibration's edit prompts and harmful keeps."""
+        prompts = [*self.calibration[Bucket.EDIT], *self.calibration[Bucket.HARMFUL_KEEP]]
+        return self.labels(as_completions(self.backbone, prompts, self.base_answers(prompts)))
+
+    @cached_property
+    def keep_continuations(self) -> dict[str, tuple[int, ...]]:
+        """The base's continuations that preservation looks at, of the calibration's keeps."""
+        keeps = [*self.calibration[Bucket.BENIGN_KEEP], *self.calibration[Bucket.HARMFUL_KEEP]]
+        return base_continuations(self.backbone, self.store, keeps, HORIZON)
+
+    @property
+    def routings(self) -> Mapping[str, Routing]:
+        """Variant -> routing, the same for every method. Without a fitted veto there is no probe+veto."""
+        probe = self.probe
+        found = (Global(), probe, None if self.veto is None else replace(probe, veto=self.veto), Labelled())
+        return {r.name: r for r in found if r is not None}
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Linear, on what the run's router reads; its threshold is chosen by the rule that chose the run's own."""
+        read = self.controller.config
+        z = boundary_matrix(self.backbone, self.splits.train, read)
+        linear = fit_probe(z, [p.bucket is Bucket.EDIT for p in self.splits.train])
+        prompts = self.splits.of(SplitName.CALIBRATION)
+        logits = linear.margin(boundary_matrix(self.backbone, prompts, read))
+        cost = self.config.calibration.harmful_cost
+        threshold = choose_threshold(logits, [p.bucket for p in prompts], harmful_cost=cost)
+        return Probe(read.route_layers, read.pooling, replace(linear, threshold=threshold))
+
+    @property
+    def veto(self) -> Linear | None:
+        """The run's own, as it was fitted; None where it has none."""
+        router, veto = self.controller.weights.router, self.controller.weights.veto
+        if not bool(veto.fitted):
+            return None
+        mean, std, weight = (t.detach().cpu().to(torch.float32) for t in (router.mean, router.std, veto.weight))
+        return Linear(mean, std, weight, float(veto.bias), float(veto.threshold))
+
+    def routing_key(self, variant: str) -> str:
+        """Names a routing by what it follows from, besides the prompts: the router's inputs, and the run's own veto."""
+        if variant not in ("probe", "probe+veto"):
+            return variant
+        read, cost = self.config.controller.model_dump(mode="json"), self.config.calibration.harmful_cost
+        weights = (self.folder / "controller" / "controller.safetensors").read_bytes() if self.veto is not None else b""
+        veto = hashlib.sha256(weights).hexdigest() if variant == "probe+veto" else None
+        return TraceStore.key(variant=variant, read=read, harmful_cost=cost, veto=veto)
+
+    def key(self, **content: object) -> str:
+        """A name for what was made from this base, these prompts and targets, and `content`."""
+        return TraceStore.key(run=self._identity, **content)
+
+    @cached_property
+    def _identity(self) -> str:
+        prompts = [(p.id, p.text, p.bucket.value, p.target) for s in FITTING for p in self.splits.of(s)]
+        training = self.config.training
+        return TraceStore.key(
+            base=self.backbone.fingerprint,
+            dtype=str(self.backbone.dtype),
+            prompts=prompts,
+            targets=[training.targets, training.horizon, training.seed, self.config.targets_from],
+            decoding=self.config.decoding.model_dump(mode="json"),
+        )
+
+
+def open_bench(folder: Path, means: Means, judge: Judge | None = None) -> Bench:
+    """raises RunError for a run that was not trained or not evaluated."""
+    config = read_config(folder)
+    metrics = read_metrics(folder)
+    judge = judge or means.judge(config.judge)
+    if metrics.judge != judge.name:
+        raise RunError(
+            f"{folder} was evaluated by the judge {metrics.judge}; by {judge.name} its own rows would stand beside others' "
+            f"on other grounds. Evaluate it again first: paving eval {folder}"
+        )
+    splits = recorded_split(split_of(config).splits, folder)
+    backbone = means.load(config.model, config.dtype)
+    controller = load_controller(folder / "controller", backbone)
+    return Bench(folder, config, metrics, backbone, means.store(), controller, splits, judge, means)
+
+
+def unavailable(bench: Bench, variants: Sequence[str]) -> list[str]:
+    """Variants that were asked for and that this run cannot have."""
+    return [v for v in variants if v in VARIANTS and v not in bench.routings]

@@ -1,0 +1,67 @@
+"""A comparator that is fitted when first asked to edit: not at all where everything it would answer is on disk."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from paving.backbone import Backbone, PromptBatch
+from paving.compare.bench import Bench
+from paving.compare.methods import OWN_ROUTING, Method
+from paving.intervention import RowState
+from paving.steering.routing import Global
+from paving.steering.steered import Editor, Routing, Steered
+
+
+class Fitting:
+    """One method on one bench."""
+
+    def __init__(self, method: Method, bench: Bench):
+        self.method, self.bench = method, bench
+
+    @cached_property
+    def editor(self) -> Editor:
+        self.bench.means.say(f"fitting {self.method.name}")
+        return self.method.fit(self.bench.workshop)
+
+    @cached_property
+    def key(self) -> str:
+        """Names the fitted editor without fitting it."""
+        return self.bench.key(method=self.method.name, version=self.method.version)
+
+    def routing(self, variant: str) -> Routing:
+        return _Own(self) if variant == OWN_ROUTING else self.bench.routings[variant]
+
+    def at(self, scale: float, variant: str | None = None) -> Steered:
+        """The method at a scale, under one of its variants; None: every gate open."""
+        routing = Global() if variant is None else self.routing(variant)
+        backbone = self.bench.backbone
+        name = row_name(self.method.name, scale, routing.name)
+        return Steered(name, _Deferred(self), routing, scale, backbone.name, backbone.fingerprint)
+
+
+def row_name(method: str, scale: float, variant: str) -> str:
+    """`dim-ablation@0.5_probe+veto`: as it stands in tables, and in file names."""
+    return f"{method}@{scale:g}_{variant}"
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    fitting: Fitting
+
+    def editing(self, backbone: Backbone, batch: PromptBatch, strength: Tensor) -> AbstractContextManager[None]:
+        return self.fitting.editor.editing(backbone, batch, strength)
+
+
+@dataclass(frozen=True)
+class _Own:
+    """The routing that belongs to the method itself."""
+
+    fitting: Fitting
+    name: str = OWN_ROUTING
+
+    def route(self, backbone: Backbone, batch: PromptBatch) -> tuple[RowState, ...]:
+        return self.fitting.method.own(self.fitting.editor).route(backbone, batch)

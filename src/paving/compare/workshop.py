@@ -1,0 +1,90 @@
+"""What methods are fitted with: base and material, and what several of them begin with, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from paving.backbone import Backbone, checked_ids, render_batch
+from paving.generation import batches_by_length
+from paving.prompts.types import Bucket, Prompt, SplitName
+from paving.steering.checks import SteeringError
+from paving.steering.dim import Dim, fit_dim
+from paving.steering.material import Material
+from paving.steering.refusal_score import RefusalTokens, refusal_scores, refusal_tokens
+from paving.steering.steered import Editor
+from paving.traces.forward import next_token_logits
+from paving.training.prepare import Stage
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """stage(what, n) gives a tick; say takes a line."""
+
+    backbone: Backbone
+    material: Material
+    stage: Stage
+    say: Callable[[str], None]
+
+    @property
+    def dim(self) -> Dim:
+        """The refusal direction that ablation, act-sub, orthogonalisation, RDO and RepIt begin with.
+
+        raises SteeringError where no direction keeps to the published limits
+        """
+        if isinstance(self._dim, SteeringError):
+            raise self._dim
+        return self._dim
+
+    @cached_property
+    def _dim(self) -> Dim | SteeringError:
+        """Kept also where there is none: five methods ask, and the search takes minutes."""
+        try:
+            return fit_dim(self.backbone, self.material, stage=self.stage)
+        except SteeringError as error:
+            return error
+
+    @cached_property
+    def refusals_begin_with(self) -> RefusalTokens:
+        return refusal_tokens(self.material)
+
+    def refusal_scores(self, prompts: Sequence[Prompt], editor: Editor | None = None) -> dict[str, float]:
+        """Prompt id -> log-odds that its answer begins as the base's refusals do, with `editor` at strength 1 if given."""
+        found: dict[str, float] = {}
+        rows = {p.id: checked_ids(self.backbone, p) for p in prompts}
+        for chunk in batches_by_length(prompts, rows, 16):
+            batch = render_batch(self.backbone, chunk)
+            with torch.no_grad():
+                if editor is None:
+                    logits = next_token_logits(self.backbone, batch)
+                else:
+                    with editor.editing(self.backbone, batch, torch.ones(len(batch))):
+                        logits = next_token_logits(self.backbone, batch)
+            scores = refusal_scores(logits, self.refusals_begin_with.ids).tolist()
+            found |= {p.id: score for p, score in zip(chunk, scores, strict=True)}
+        return found
+
+    def no_longer_refused(self, editor: Editor) -> tuple[float, float]:
+        """Of the calibration prompts whose refusal begins under the base: the shares of edit prompts and of harmful keeps
+        where it does no longer. 0 where the base refuses none."""
+        shares = []
+        for bucket in (Bucket.EDIT, Bucket.HARMFUL_KEEP):
+            prompts = self._refused(bucket)
+            scores = self.refusal_scores(prompts, editor)
+            shares.append(sum(s < 0 for s in scores.values()) / len(scores) if scores else 0.0)
+        return shares[0], shares[1]
+
+    def _refused(self, bucket: Bucket) -> list[Prompt]:
+        prompts = self.material.of(SplitName.CALIBRATION, bucket)
+        base = self.refusal_scores(prompts)
+        return [p for p in prompts if base[p.id] > 0]
+
+    @cached_property
+    def refusal_confidence(self) -> dict[str, float]:
+        """Prompt id -> probability that the base's answer begins as its refusals do, train and calibration prompts."""
+        prompts = [p for s in (SplitName.TRAIN, SplitName.CALIBRATION) for b in Bucket for p in self.material.of(s, b)]
+        scores = self.refusal_scores(prompts)
+        return {i: torch.tensor(s, dtype=torch.float64).sigmoid().item() for i, s in scores.items()}

@@ -1,0 +1,78 @@
+"""The table of methods: every entry is fitted on a run's own material and measured, or says why it could not be."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from stand_in import AddAt
+
+from paving.backbone import render_batch
+from paving.compare import compare
+from paving.compare.methods import METHODS
+from paving.compare.workshop import Workshop
+from paving.prompts.types import Bucket, SplitName
+from paving.steering.checks import SteeringError
+from paving.steering.dim import DimConfig, fit_dim
+from paving.training.prepare import silent
+from tiny_material import REFUSAL_FIRST, tiny_material
+from tiny_models import logits_of, tiny_backbone
+from tiny_runs import WordJudge
+
+
+@pytest.fixture(scope="module")
+def shop():
+    backbone = tiny_backbone()
+    return Workshop(backbone, tiny_material(backbone), silent, lambda _line: None)
+
+
+def test_every_entry_has_rows_or_a_reason(setting, evaluated, tmp_path):
+    _, means = setting
+    shutil.copytree(evaluated, tmp_path / "run")
+    said = []
+    found = compare(tmp_path / "run", replace(means, say=said.append), judge=WordJudge())
+    measured = {r.method for r in found.rows}
+    for m in METHODS:
+        assert (m.name in measured) != any(n.startswith(f"{m.name} could not be fitted") for n in found.notes)
+    assert {"caa", "act-add", "cast", "ws"} <= measured
+    assert {r.variant for r in found.rows if r.method == "cast"} == {"global", "own", "oracle"}
+
+
+def test_what_several_methods_begin_with_is_searched_once_also_where_there_is_none(shop, monkeypatch):
+    calls = []
+
+    def searched(*args, **kwargs):
+        calls.append(1)
+        return fit_dim(*args, DimConfig(kl_limit=0.0), **kwargs)
+
+    monkeypatch.setattr("paving.compare.workshop.fit_dim", searched)
+    fresh = replace(shop)
+    for _ in range(3):
+        with pytest.raises(SteeringError, match="may be chosen"):
+            _ = fresh.dim
+    assert len(calls) == 1
+
+
+def test_scores_are_those_of_the_first_token_under_the_edit(shop):
+    edit = shop.material.of(SplitName.CALIBRATION, Bucket.EDIT)
+    assert shop.refusals_begin_with.ids == REFUSAL_FIRST
+    head = shop.backbone.model.get_output_embeddings().weight[list(REFUSAL_FIRST)].mean(0)
+    base, towards = shop.refusal_scores(edit), shop.refusal_scores(edit, AddAt(60 * head / head.norm(), layer=5))
+    assert base.keys() == {p.id for p in edit} and all(towards[i] > base[i] for i in base)
+    batch = render_batch(shop.backbone, edit[:1])
+    p = logits_of(shop.backbone, batch)[0, -1].double().softmax(-1)[list(REFUSAL_FIRST)].sum()
+    assert base[edit[0].id] == pytest.approx((p / (1 - p)).log().item(), abs=1e-3)
+    assert shop.refusal_confidence[edit[0].id] == pytest.approx(p.item(), rel=1e-3)
+
+
+def test_shares_are_of_what_the_base_refuses(shop, monkeypatch):
+    """Harmful keeps that the base answers anyway are no success of an edit."""
+
+    def scores(self, prompts, editor=None):
+        if editor is None:
+            return {p.id: 1.0 if i % 7 else -1.0 for i, p in enumerate(prompts)}  # the base refuses all but the first
+        return {p.id: -1.0 if p.bucket is Bucket.EDIT or i == 0 else 1.0 for i, p in enumerate(prompts)}
+
+    monkeypatch.setattr(Workshop, "refusal_scores", scores)
+    assert shop.no_longer_refused(AddAt(None)) == (1.0, 1 / 6)
