@@ -16,7 +16,7 @@ from paving.controller.card import write_card
 from paving.controller.gates import Oracle
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import fresh_controller, load_controller, read_description, save_controller
-from paving.evaluation.comparison import read_comparison
+from paving.evaluation.comparison import Comparison, read_comparison
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Exchange, Judge, judge_all
 from paving.evaluation.judges.named import judge_from
@@ -243,16 +243,21 @@ def diagnostics_of(folder: Path) -> Diagnostics | None:
 
 def comparison_of(folder: Path) -> dict[str, object]:
     """What `paving compare` found in this run and a few answers to show; empty where it was not asked."""
-    path = folder / "comparison" / "comparison.json"
-    try:
-        found = read_comparison(path)
-    except ValueError as error:
-        raise RunError(f"{path} is damaged or of another version. Compare again: paving compare {folder}") from error
+    found = compared_in(folder)
     if found is None:
         return {}
-    answers = path.parent
+    answers = folder / "comparison"
     shown = examples_of(answers, answers / "verdicts", rows_to_show(found), per_bucket=2, run=folder)
     return {"comparison": found, "comparison_examples": shown}
+
+
+def compared_in(folder: Path) -> Comparison | None:
+    """What `paving compare` found in this run; None where it was not asked."""
+    path = folder / "comparison" / "comparison.json"
+    try:
+        return read_comparison(path)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged or of another version. Compare again: paving compare {folder}") from error
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------

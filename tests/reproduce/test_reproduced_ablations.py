@@ -123,12 +123,12 @@ def test_two_runs_of_one_ablation_are_refused(make_run, study):
         reproduce("19", [*study, twin])
 
 
-def test_table_14_has_the_capacity_variants_and_no_steering_yet(study):
+def test_table_14_has_the_capacity_variants_and_says_how_to_make_the_steering_rows(study):
     found = reproduce("14", study)
     assert cell(found, "Single residual map, oracle", "Edit succ.").value == pytest.approx(100.0)
     assert cell(found, "Full recipe, thresh.-soft", "Harm ref.").value == pytest.approx(100 * 22 / 30)
     assert "no-trajectory" in cell(found, "MLP no trajectory loss, oracle", "Scale").missing
-    assert "issue 5" in cell(found, "ActAdd safe-ref., probe-soft", "Scale").missing
+    assert "--method act-add --variant probe" in cell(found, "ActAdd safe-ref., probe-soft", "Scale").missing
     assert [p.name for p in lines(found)["Single residual map, oracle"].paper] == [
         "paper, Phi-4 mini, Gemma-3-4B-IT (another backbone)", "paper, Qwen2.5-7B, Gemma-3-4B-IT (another backbone)",
     ]  # fmt: skip

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from paving.evaluation.judges import Label
 from paving.prompts.types import Bucket
 from paving.reproduce import measures, variants
-from paving.reproduce.comparators import NO_STEERING
 from paving.reproduce.measures import drift, paper_line, preservation, share
 from paving.reproduce.protocol import assembled, edited_layers, layers_text
 from paving.reproduce.published import Column, PaperBlock, published
@@ -67,6 +66,9 @@ class Study:
 
     def mixture(self, row: str) -> Measured:
         return Measured(self.full, row)
+
+
+STEERING = {"ActAdd safe-ref.": "act-add", "DIM benign-harm.": "dim-act-sub"}  # as `paving compare` calls them
 
 
 def study_of(settings: Sequence[Setting]) -> Study:
@@ -145,13 +147,13 @@ def table_14(settings: Sequence[Setting]) -> Reproduction:
         "MLP no trajectory loss": study.variant(variants.NO_TRAJECTORY),
         "Single residual map": study.variant(variants.SINGLE_EXPERT),
         "Low-rank residual": study.variant(variants.LOW_RANK),
-        "ActAdd safe-ref.": Measured(None, "", NO_STEERING),
-        "DIM benign-harm.": Measured(None, "", NO_STEERING),
+        "ActAdd safe-ref.": Measured(study.full, ""),
+        "DIM benign-harm.": Measured(study.full, ""),
     }
     lines = []
     for control, source in controls.items():
-        steering = source.why == NO_STEERING
-        for route in ("oracle", "probe-soft" if steering else "thresh.-soft"):
+        method = STEERING.get(control)
+        for route in ("oracle", "probe-soft" if method else "thresh.-soft"):
             rows = [r for r in head.rows if r[1:3] == (control, route)]
             beside = [paper_line(paper, head, r, study.full.config.model, called=r[0]) for r in rows]
             name = f"{control}, {route}"
@@ -159,6 +161,8 @@ def table_14(settings: Sequence[Setting]) -> Reproduction:
                 lines.append(unavailable(name, head.values, source.why or "", beside))
                 continue
             row = ORACLE if route == "oracle" else source.setting.deployed
+            if method:
+                row = f"{method}/{'oracle' if route == 'oracle' else 'probe'}"  # this library's probe is a hard gate
             lines.append(line(name, head.values, _capacity_cells(source.setting, row), beside))
     return assembled(paper, _used(study), [_block(study, head, lines)], _notes(study))
 

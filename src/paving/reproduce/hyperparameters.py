@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from paving.reproduce.comparators import NO_STEERING
 from paving.reproduce.protocol import (
     COMPONENTS,
     Field,
@@ -22,6 +21,8 @@ from paving.reproduce.variants import leaves, short_name
 
 SAME, OTHER, OWN, UNCOMPARED = "same", "differs", "its own", "not comparable"
 VALUE, AGREES = Column(heading="Value", unit=""), Column(heading="Agrees", unit="")
+
+COMPARATORS = "stands in docs/comparators.md: what is fitted, its scales, and the two rules that choose among them"
 
 
 def table_5(settings: Sequence[Setting]) -> Reproduction:
@@ -79,7 +80,7 @@ def table_7(settings: Sequence[Setting]) -> Reproduction:
             method = row[0]
             beside = [PaperLine(name="paper", cells=dict(zip((c.heading for c in head.columns[1:]), row[1:], strict=True)))]
             if not method.startswith("Residual Paving"):
-                lines.append(unavailable(method, head.values, NO_STEERING, beside))
+                lines.append(unavailable(method, head.values, COMPARATORS, beside))
                 continue
             cells = _oracle_rule(setting) if method.endswith("oracle") else _learned_rule(setting)
             lines.append(line(method, head.values, cells, beside))

@@ -36,6 +36,11 @@ def lacking(setting: Setting, row: str) -> str | None:
 
 def command_for(row: str, run: Run) -> str:
     """What would make a row that is not there."""
+    if "/" in row:
+        if run.passes_nowhere(row):
+            return "No scale of it keeps benign and harmful keeps within the strict rule's limits."
+        method, _, variant = row.partition("/")
+        return f"Make it: paving compare {run.folder} --method {method} --variant {variant}"
     policy, _, veto = row.partition("+")
     if row == "learned+veto" or (veto == "veto" and not run.config.calibration.use_veto):
         return "The run has no veto: it needs harmful keeps and calibration.use_veto."

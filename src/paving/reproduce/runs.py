@@ -9,20 +9,23 @@ from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
+from paving.evaluation.comparison import ComparedRow, Comparison
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics, Row
 from paving.reproduce.variants import POLICIES, SCALES, leaves
-from paving.run import diagnostics_of
+from paving.run import compared_in, diagnostics_of
 from paving.run_folder import RunConfig, RunError, read_config
 
 BASE, LEARNED, VETOED, ORACLE = "base", "learned", "learned+veto", "oracle"
+STRICT = "strict/three"
 
 
 @dataclass(frozen=True)
 class Run:
     """One run folder. metrics and diagnostics are None where the command that writes them was not given yet.
 
+    comparison                          what `paving compare` found; None where it was not asked
     n_layers, edit_layers, fingerprint  of the base, as the saved controller has them; None for an unfinished run
     """
 
@@ -33,6 +36,7 @@ class Run:
     n_layers: int | None
     edit_layers: tuple[int, ...] | None
     fingerprint: str | None = None
+    comparison: Comparison | None = None
 
     @property
     def name(self) -> str:
@@ -43,7 +47,25 @@ class Run:
         return self.config.training.seed
 
     def row(self, name: str) -> Row | None:
+        """A row of the evaluation by its name, or a comparator's by `METHOD/VARIANT`."""
+        if "/" in name:
+            found = self.compared(name)
+            return found and found.row
         return next((r for r in self.metrics.rows if r.name == name), None) if self.metrics else None
+
+    def compared(self, name: str) -> ComparedRow | None:
+        """A comparator's row at the scale that the strict rule took, as the paper's comparators are selected."""
+        method, _, variant = name.partition("/")
+        rows = self.comparison.rows if self.comparison else ()
+        return next((r for r in rows if (r.method, r.variant) == (method, variant) and STRICT in r.chosen_by), None)
+
+    def passes_nowhere(self, name: str) -> bool:
+        """Whether the comparator was swept and no scale of it kept to the strict limits."""
+        method, _, variant = name.partition("/")
+        choices = self.comparison.choices if self.comparison else ()
+        return any(
+            (c.method, c.variant, f"{c.rule}/{c.objective}", c.scale) == (method, variant, STRICT, None) for c in choices
+        )
 
     @property
     def deployed(self) -> Row | None:
@@ -55,7 +77,10 @@ class Run:
 
         raises RunError where it is damaged or does not hold what metrics.json counted
         """
+        found = self.compared(row)
         path = self.folder / "verdicts" / f"{row}.jsonl"
+        if found is not None:
+            path = self.folder / "comparison" / "verdicts" / f"{found.row.name}.jsonl"
         return self._checked(path, row) if path.exists() else None
 
     @cached_property
@@ -133,7 +158,7 @@ class Setting:
 def load_run(folder: Path) -> Run:
     """raises RunError for a folder that is no run, or whose files are damaged or of another version."""
     config = read_config(folder)
-    return Run(folder, config, _metrics(folder), diagnostics_of(folder), *_base(folder))
+    return Run(folder, config, _metrics(folder), diagnostics_of(folder), *_base(folder), comparison=compared_in(folder))
 
 
 def settings(runs: Sequence[Run]) -> list[Setting]:
