@@ -39,7 +39,7 @@ def command_for(row: str, run: Run) -> str:
     if "/" in row:
         if run.passes_nowhere(row):
             return "No scale of it keeps benign and harmful keeps within the strict rule's limits."
-        method, _, variant = row.partition("/")
+        method, variant, *_ = row.split("/")
         return f"Make it: paving compare {run.folder} --method {method} --variant {variant}"
     policy, _, veto = row.partition("+")
     if row == "learned+veto" or (veto == "veto" and not run.config.calibration.use_veto):

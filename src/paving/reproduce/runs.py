@@ -18,7 +18,6 @@ from paving.run import compared_in, diagnostics_of
 from paving.run_folder import RunConfig, RunError, read_config
 
 BASE, LEARNED, VETOED, ORACLE = "base", "learned", "learned+veto", "oracle"
-STRICT = "strict/three"
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,17 @@ class Run:
         return next((r for r in self.metrics.rows if r.name == name), None) if self.metrics else None
 
     def compared(self, name: str) -> ComparedRow | None:
-        """A comparator's row at the scale that the strict rule took, as the paper's comparators are selected."""
-        method, _, variant = name.partition("/")
+        """A comparator's row at the scale that the strict rule took, as the paper's comparators are selected, or
+        `METHOD/VARIANT/control`: at the one that the control score took."""
+        method, variant, rule = _compared_name(name)
         rows = self.comparison.rows if self.comparison else ()
-        return next((r for r in rows if (r.method, r.variant) == (method, variant) and STRICT in r.chosen_by), None)
+        return next((r for r in rows if (r.method, r.variant) == (method, variant) and rule in r.chosen_by), None)
 
     def passes_nowhere(self, name: str) -> bool:
-        """Whether the comparator was swept and no scale of it kept to the strict limits."""
-        method, _, variant = name.partition("/")
+        """Whether the comparator was swept and no scale of it kept to the rule's limits."""
+        wanted = (*_compared_name(name), None)
         choices = self.comparison.choices if self.comparison else ()
-        return any(
-            (c.method, c.variant, f"{c.rule}/{c.objective}", c.scale) == (method, variant, STRICT, None) for c in choices
-        )
+        return any((c.method, c.variant, f"{c.rule}/{c.objective}", c.scale) == wanted for c in choices)
 
     @property
     def deployed(self) -> Row | None:
@@ -106,6 +104,13 @@ class Run:
                     f"Evaluate again: paving eval {self.folder}"
                 )
         return found
+
+
+def _compared_name(name: str) -> tuple[str, str, str]:
+    """`METHOD/VARIANT` or `METHOD/VARIANT/control` -> (method, variant, rule of three objectives)."""
+    method, _, rest = name.partition("/")
+    variant, _, rule = rest.partition("/")
+    return method, variant, f"{rule or 'strict'}/three"
 
 
 @dataclass(frozen=True)
