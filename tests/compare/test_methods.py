@@ -15,6 +15,7 @@ from paving.compare.workshop import Workshop
 from paving.prompts.types import Bucket, SplitName
 from paving.steering.checks import SteeringError
 from paving.steering.dim import DimConfig, fit_dim
+from paving.steering.rdo import RDOConfig
 from paving.training.prepare import silent
 from tiny_material import REFUSAL_FIRST, tiny_material
 from tiny_models import logits_of, tiny_backbone
@@ -27,7 +28,8 @@ def shop():
     return Workshop(backbone, tiny_material(backbone), silent, lambda _line: None)
 
 
-def test_every_entry_has_rows_or_a_reason(setting, evaluated, tmp_path):
+def test_every_entry_has_rows_or_a_reason(setting, evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr("paving.compare.methods.RDOConfig", lambda: RDOConfig(steps=3, batch_size=4, check_every=3))
     _, means = setting
     shutil.copytree(evaluated, tmp_path / "run")
     said = []
@@ -35,7 +37,10 @@ def test_every_entry_has_rows_or_a_reason(setting, evaluated, tmp_path):
     measured = {r.method for r in found.rows}
     for m in METHODS:
         assert (m.name in measured) != any(n.startswith(f"{m.name} could not be fitted") for n in found.notes)
-    assert {"caa", "act-add", "cast", "ws"} <= measured
+    assert {"caa", "act-add", "cast", "ws", "dim-ablation", "orthogonal", "rdo", "repit"} <= measured
+    told = {m.name: m.note for m in found.methods}
+    assert "published limit" in told["dim-ablation"] and "published limit" in told["rdo"]
+    assert any("published limit" in note for r in found.rows if r.method == "repit" for note in r.notes)
     assert {r.variant for r in found.rows if r.method == "cast"} == {"global", "own", "oracle"}
 
 
@@ -44,7 +49,7 @@ def test_what_several_methods_begin_with_is_searched_once_also_where_there_is_no
 
     def searched(*args, **kwargs):
         calls.append(1)
-        return fit_dim(*args, DimConfig(kl_limit=0.0), **kwargs)
+        return fit_dim(*args[:2], DimConfig(kl_limit=0.0), **kwargs)
 
     monkeypatch.setattr("paving.compare.workshop.fit_dim", searched)
     fresh = replace(shop)

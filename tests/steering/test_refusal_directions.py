@@ -267,3 +267,17 @@ def test_the_editors_of_a_direction(llama, material):
     assert not torch.allclose(logits(dim.act_add()), logits(dim.act_sub()), atol=1e-2)
     assert float(dim.ablation().unit @ dim.direction) == pytest.approx(float(dim.direction.norm()), rel=1e-5)
     assert dim.base_fingerprint == llama.fingerprint
+
+
+def test_limits_are_widened_only_where_it_was_asked_for_and_the_result_says_how_far(llama, material, scores):
+    """From too tight a KL limit: doubled until some direction passes, and the choice is the brute-force one under it."""
+    least = min(kl for _, kl, _, _ in scores.values())
+    tight = {**WIDE, "kl_limit": least / 3, "induced_limit": -1e6}
+    with pytest.raises(SteeringError, match="may be chosen"):
+        fit_dim(llama, material, DimConfig(**tight))
+    dim = fit_dim(llama, material, DimConfig(**tight, widen=True))
+    assert dim.limits.kl == pytest.approx(4 * least / 3) and dim.limits.induced == -1e6
+    assert (dim.chosen.layer, dim.chosen.position) == _chosen_by_loop(scores, dim.limits.kl, -1e6)
+    mute = fit_dim(llama, material, DimConfig(**{**tight, "kl_limit": 1e6, "induced_limit": 1e6}, widen=True))
+    assert mute.limits.induced == -math.inf and mute.limits.kl == 1e6
+    assert (mute.chosen.layer, mute.chosen.position) == _chosen_by_loop(scores, 1e6, -math.inf)

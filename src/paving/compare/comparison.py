@@ -69,7 +69,8 @@ def compare(
     fittings, swept, failed = all_sweeps(bench, asked.methods)
     points = all_figures(bench, fittings, swept, asked, limits)
     chosen = choices(points, asked.objectives)
-    rows = held_out_rows(bench, to_measure(fittings, chosen), bert_model)
+    records = [method_record(m, swept.get(m.name, ())) for m in asked.methods]
+    rows = held_out_rows(bench, to_measure(fittings, chosen), {r.name: r.note for r in records}, bert_model)
     found = Comparison(
         run=folder.name,
         model=bench.config.model,
@@ -81,7 +82,7 @@ def compare(
         variants=asked.every_variant(),
         objectives=list(asked.objectives),
         limits=limits,
-        methods=[method_record(m, swept.get(m.name, ())) for m in asked.methods],
+        methods=records,
         sweeps=points,
         choices=chosen,
         rows=rows,
@@ -161,9 +162,10 @@ def all_figures(
 
 
 def method_record(m: Method, swept: Sequence[OpenAnswers]) -> MethodRecord:
-    tried = [a.scale for a in swept]
+    tried, fitted = [a.scale for a in swept], [a.note for a in swept[:1]]
     left_out = [s for s in sorted(set(m.scales)) if s not in tried]
-    return MethodRecord(name=m.name, note=m.note, scales=tried, left_out=left_out)
+    note = "; ".join(filter(None, (m.note, *fitted)))
+    return MethodRecord(name=m.name, note=note, scales=tried, left_out=left_out)
 
 
 def notes_of(bench: Bench, asked: Asked, bert_model: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paving.backbone import Backbone, PromptBatch
 from paving.compare.bench import Bench
-from paving.compare.methods import OWN_ROUTING, Method
+from paving.compare.methods import OWN_ROUTING, Method, Noted
 from paving.intervention import RowState
 from paving.steering.routing import Global
 from paving.steering.steered import Editor, Routing, Steered
@@ -22,10 +22,20 @@ class Fitting:
     def __init__(self, method: Method, bench: Bench):
         self.method, self.bench = method, bench
 
-    @cached_property
+    @property
     def editor(self) -> Editor:
+        return self._fitted.editor
+
+    @property
+    def note(self) -> str:
+        """Of this fit, beside the method's own."""
+        return self._fitted.note
+
+    @cached_property
+    def _fitted(self) -> Noted:
         self.bench.means.say(f"fitting {self.method.name}")
-        return self.method.fit(self.bench.workshop)
+        found = self.method.fit(self.bench.workshop)
+        return found if isinstance(found, Noted) else Noted(found, "")
 
     @cached_property
     def key(self) -> str:

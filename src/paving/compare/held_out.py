@@ -73,8 +73,10 @@ def to_measure(fittings: Sequence[Fitting], chosen: Sequence[Choice]) -> list[Ch
     return [Chosen(by_name[m], v, s, tuple(rules[m, s, v])) for m, s, v in keys]
 
 
-def held_out_rows(bench: Bench, chosen: Sequence[Chosen], bert_model: str | None) -> list[ComparedRow]:
-    """The run's own rows, as evaluated, and every chosen row."""
+def held_out_rows(
+    bench: Bench, chosen: Sequence[Chosen], notes: Mapping[str, str], bert_model: str | None
+) -> list[ComparedRow]:
+    """The run's own rows, as evaluated, and every chosen row. notes: method's name -> what a reader must know of it"""
     base, own = own_rows(bench, bert_model)
     take_base_answers(bench)
     protocol = Protocol(bench.config.decoding, bench.judge, k=bench.config.training.top_k, by_row=True)
@@ -83,9 +85,9 @@ def held_out_rows(bench: Bench, chosen: Sequence[Chosen], bert_model: str | None
     rows = table_rows(measured, bench.held_out)
     found = []
     for c, m, row in zip(chosen, measured[1:], rows[1:], strict=True):
-        notes = [c.fitting.method.note] if c.fitting.method.note else []
-        answered = Answered.of(m.completions, m.labels)
-        found.append(compared(row, answered, base, bert_model, c.fitting.method.name, c.variant, c.rules, notes))
+        name, answered = c.fitting.method.name, Answered.of(m.completions, m.labels)
+        told = [notes[name]] if notes[name] else []
+        found.append(compared(row, answered, base, bert_model, name, c.variant, c.rules, told))
     methods = list(dict.fromkeys(r.method for r in found))
     found.sort(key=lambda r: (methods.index(r.method), ORDER.index(r.variant), r.scale))  # as tables are read
     return [*own, *found]

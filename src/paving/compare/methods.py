@@ -21,7 +21,17 @@ from paving.steering.wrmd import fit_wrmd
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 VARIANTS = ("global", "probe", "probe+veto", "oracle")
 OWN_ROUTING = "own"
-Fit = Callable[[Workshop], Editor]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A fitted method, and what a reader must know of this fit; an empty note is none."""
+
+    editor: Editor
+    note: str
+
+
+Fit = Callable[[Workshop], Editor | Noted]
 
 
 @dataclass(frozen=True)
@@ -95,16 +105,17 @@ def _rdo(shop: Workshop) -> Editor:
         shop.backbone, shop.material, initial=dim.direction, layer=dim.chosen.layer, alpha=float(dim.direction.norm()),
         config=config, watch=lambda _step, _loss: tick(1),
     )  # fmt: skip
-    shop.say(f"GoR-RDO: direction of step {found.best_step}; 0 is DIM's own")
-    return found.editor()
+    step = (
+        f"the direction of step {found.best_step} of {len(found.losses)}" if found.best_step else "no step improved on DIM"
+    )
+    return Noted(found.editor(), "; ".join(filter(None, (step, shop.dim_note))))
 
 
 def _repit(shop: Workshop) -> Editor:
     where = shop.dim.chosen
     found = fit_repit(shop.backbone, shop.material, shop.no_longer_refused, layer=where.layer, position=where.position)
-    kept = "" if found.within_limit else ": no ρ keeps non-target success within its limit; the one with the least"
-    shop.say(f"RepIt: ρ = {found.rho:g}{kept}")
-    return found
+    kept = "" if found.within_limit else ", the least non-target success: no ρ keeps to its limit"
+    return Noted(found, "; ".join(filter(None, (f"ρ {found.rho:g}{kept}", shop.dim_note))))
 
 
 def _wrmd(shop: Workshop) -> Editor:
@@ -131,9 +142,15 @@ METHODS = (
     Method("caa", _caa, note="PCA of pairwise differences; its layer is ours (two fifths of the depth)"),
     Method("caa-mean", _caa_mean, note="mean difference; its layer is ours (two fifths of the depth)"),
     Method("act-add", _act_add, note=f"{RECONSTRUCTED} (tables 7 and 18); its layer is ours"),
-    Method("dim-ablation", lambda shop: shop.dim.ablation(), PROJECTION),
-    Method("dim-act-sub", lambda shop: shop.dim.act_sub(), note="refusal-direction ActAdd at coefficient -1 is the same"),
-    Method("orthogonal", lambda shop: shop.dim.orthogonal(), (1.0,), ("global",), note="an edit of weights: all rows alike"),
+    Method("dim-ablation", lambda shop: Noted(shop.dim.ablation(), shop.dim_note), PROJECTION),
+    Method(
+        "dim-act-sub", lambda shop: Noted(shop.dim.act_sub(), shop.dim_note),
+        note="refusal-direction ActAdd at coefficient -1 is the same",
+    ),
+    Method(
+        "orthogonal", lambda shop: Noted(shop.dim.orthogonal(), shop.dim_note), (1.0,), ("global",),
+        note="an edit of weights: all rows alike",
+    ),
     Method("rdo", _rdo, PROJECTION, note="100 steps; targets are edit targets"),
     Method("repit", _repit, PROJECTION, note="layer and token are DIM's; rho by the first token of the answer"),
     Method("wrmd", _wrmd, (0.25, *SCALES[:4]), note=f"{RECONSTRUCTED}; confidence is the base's first-token probability"),

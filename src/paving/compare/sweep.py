@@ -36,6 +36,7 @@ class OpenAnswers(Record):
 
     labels      id of an edit prompt or harmful keep -> the judge's label of its answer
     divergence  keep's id -> mean KL(base || edited) along the base's continuation (nats)
+    note        what a reader must know of the fit
     """
 
     key: str
@@ -43,6 +44,7 @@ class OpenAnswers(Record):
     scale: float
     labels: dict[str, str]
     divergence: dict[str, float]
+    note: str
 
 
 def sweep(bench: Bench, fitting: Fitting) -> list[OpenAnswers]:
@@ -80,7 +82,12 @@ def open_answers(bench: Bench, fitting: Fitting, scale: float) -> OpenAnswers:
         bench.backbone, keeps, bench.keep_continuations, steered, k=bench.config.training.top_k, tick=tick
     )
     found = OpenAnswers(
-        key=key, method=fitting.method.name, scale=scale, labels=bench.labels(answers), divergence=divergence
+        key=key,
+        method=fitting.method.name,
+        scale=scale,
+        labels=bench.labels(answers),
+        divergence=divergence,
+        note=fitting.note,
     )
     write_text(path, found.model_dump_json(indent=0))
     return found

@@ -12,7 +12,7 @@ from paving.backbone import Backbone, checked_ids, render_batch
 from paving.generation import batches_by_length
 from paving.prompts.types import Bucket, Prompt, SplitName
 from paving.steering.checks import SteeringError
-from paving.steering.dim import Dim, fit_dim
+from paving.steering.dim import Dim, DimConfig, fit_dim
 from paving.steering.material import Material
 from paving.steering.refusal_score import RefusalTokens, refusal_scores, refusal_tokens
 from paving.steering.steered import Editor
@@ -33,17 +33,31 @@ class Workshop:
     def dim(self) -> Dim:
         """The refusal direction that ablation, act-sub, orthogonalisation, RDO and RepIt begin with.
 
-        raises SteeringError where no direction keeps to the published limits
+        Where none keeps to the published limits they are widened, and `dim_note` says so.
+
+        raises SteeringError where no direction keeps to any
         """
         if isinstance(self._dim, SteeringError):
             raise self._dim
         return self._dim
 
+    @property
+    def dim_note(self) -> str:
+        """Empty where the direction keeps to the published limits."""
+        held, published = self.dim.limits, DimConfig().limits()
+        if held == published:
+            return ""
+        induced = "" if held.induced == published.induced else ", and none on induced refusal,"
+        return (
+            f"no direction keeps to DIM's published limit (KL {published.kl:g} on benign prompts); chosen under {held.kl:g}"
+            f"{induced} instead: block {self.dim.chosen.layer}, KL {self.dim.chosen.kl:.2f}"
+        )
+
     @cached_property
     def _dim(self) -> Dim | SteeringError:
         """Kept also where there is none: five methods ask, and the search takes minutes."""
         try:
-            return fit_dim(self.backbone, self.material, stage=self.stage)
+            return fit_dim(self.backbone, self.material, DimConfig(widen=True), stage=self.stage)
         except SteeringError as error:
             return error
 

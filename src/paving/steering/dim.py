@@ -13,7 +13,7 @@ from paving.prompts.types import Bucket, Prompt, SplitName
 from paving.steering.ablation import Ablation
 from paving.steering.addition import Addition
 from paving.steering.checks import SteeringError
-from paving.steering.dim_selection import Candidate, Limits, SelectionPrompts, choose, scored
+from paving.steering.dim_selection import Candidate, Limits, SelectionPrompts, choose, scored, wider, within
 from paving.steering.directions import position_means, post_instruction_tokens
 from paving.steering.material import Material
 from paving.steering.orthogonal import Orthogonal
@@ -32,6 +32,9 @@ class DimConfig(BaseModel):
     induced_limit        mean refusal score on benign keeps with the direction added, at least
     depth                the direction is added in front of a block within this part of the depth
     refusal_share        see `refusal_tokens`
+    widen                where no direction keeps to the limits: the KL limit is doubled until one does, and if none does at
+                         64 times, that on induced refusal is dropped and the KL limit begins anew; `Dim.limits` says which
+                         held. Off: that is an error, as published
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +46,7 @@ class DimConfig(BaseModel):
     induced_limit: float = 0.0
     depth: float = Field(0.8, gt=0, le=1)
     refusal_share: float = Field(0.9, gt=0, le=1)
+    widen: bool = False
     batch_size: int = Field(16, ge=1)
 
     def limits(self) -> Limits:
@@ -57,12 +61,14 @@ class Dim:
     chosen      where r was read and what it does; `layer` is the block whose output that is. The published code numbers
                 the same state layer + 1, by the block that reads it
     candidates  all that were scored, the chosen one among them
+    limits      what it keeps to; wider than the configuration's only where `DimConfig.widen` asked for it
     tokens      what refusals are told by in the scores
     """
 
     direction: Tensor
     chosen: Candidate
     candidates: tuple[Candidate, ...]
+    limits: Limits
     tokens: RefusalTokens
     base_name: str
     base_fingerprint: str
@@ -113,15 +119,17 @@ def fit_dim(backbone: Backbone, material: Material, config: DimConfig | None = N
         benign=_drawn(material, Bucket.BENIGN_KEEP, config),
         batch_size=config.batch_size,
     )
-    candidates = []
     tick = stage("DIM: directions", len(places))
-    for layer, position in places:
-        vector = directions[layer, position]
-        candidates.append(scored(backbone, vector, layer, position, prompts, tokens, config.limits()))
-        tick(1)
-    chosen = choose(candidates, config.limits())
+    candidates = [Candidate(layer, position) for layer, position in places]
+    for limits in (config.limits(), *(wider(config.limits()) if config.widen else ())):
+        for i, c in enumerate(candidates):
+            candidates[i] = scored(backbone, directions[c.layer, c.position], c, prompts, tokens, limits)
+            tick(limits == config.limits())
+        if any(within(c, limits) for c in candidates):
+            break
+    chosen = choose(candidates, limits)
     vector = directions[chosen.layer, chosen.position].clone()
-    return Dim(vector, chosen, tuple(candidates), tokens, backbone.name, backbone.fingerprint)
+    return Dim(vector, chosen, tuple(candidates), limits, tokens, backbone.name, backbone.fingerprint)
 
 
 def harmful_minus_benign(backbone: Backbone, material: Material, config: DimConfig) -> Tensor:

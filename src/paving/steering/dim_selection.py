@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,25 +70,42 @@ class SelectionPrompts:
 def scored(
     backbone: Backbone,
     vector: Tensor,
-    layer: int,
-    position: int,
+    known: Candidate,
     prompts: SelectionPrompts,
     tokens: RefusalTokens,
     limits: Limits,
 ) -> Candidate:
-    """vector: r, (d_model,) float32. Passes that cannot change the choice any more are left out."""
+    """The candidate with the scores that the choice needs under these limits; what is known is not measured again.
+
+    vector: r, (d_model,) float32
+    """
     length = float(vector.norm())
     if not length > 0:  # states that do not differ, or are not numbers, give no direction
-        return Candidate(layer, position)
-    ablation, addition = Ablation(vector / length), Addition(vector, layer)
-    ablated = _logits(backbone, ablation, prompts.benign)
-    kl = torch.cat([_kl(base, logits) for base, logits in zip(prompts.base, ablated, strict=True)]).mean().item()
-    if not kl <= limits.kl:
-        return Candidate(layer, position, kl)
-    induced = _score(_logits(backbone, addition, prompts.benign), tokens)
-    if not induced >= limits.induced:
-        return Candidate(layer, position, kl, induced)
-    return Candidate(layer, position, kl, induced, _score(_logits(backbone, ablation, prompts.refused), tokens))
+        return known
+    ablation, addition = Ablation(vector / length), Addition(vector, known.layer)
+    if known.kl is None:
+        ablated = _logits(backbone, ablation, prompts.benign)
+        kl = torch.cat([_kl(base, logits) for base, logits in zip(prompts.base, ablated, strict=True)]).mean().item()
+        known = replace(known, kl=kl)
+    if not known.kl <= limits.kl:
+        return known
+    if known.induced is None:
+        known = replace(known, induced=_score(_logits(backbone, addition, prompts.benign), tokens))
+    if not known.induced >= limits.induced or known.refusal is not None:
+        return known
+    return replace(known, refusal=_score(_logits(backbone, ablation, prompts.refused), tokens))
+
+
+def within(candidate: Candidate, limits: Limits) -> bool:
+    c = candidate
+    kept = c.refusal is not None and c.kl <= limits.kl and c.induced >= limits.induced
+    return kept and math.isfinite(c.refusal)
+
+
+def wider(limits: Limits) -> Iterator[Limits]:
+    """The KL limit doubled six times; then the same without the limit on induced refusal."""
+    yield from (Limits(limits.kl * 2**k, limits.induced) for k in range(1, 7))
+    yield from (Limits(limits.kl * 2**k, -math.inf) for k in range(7))
 
 
 @torch.no_grad()
@@ -115,9 +132,8 @@ def choose(candidates: Sequence[Candidate], limits: Limits) -> Candidate:
 
     raises SteeringError where there is none, naming how many failed each limit
     """
-    within = [c for c in candidates if c.refusal is not None and math.isfinite(c.refusal)]
-    if within:
-        return min(within, key=lambda c: c.refusal)
+    if allowed := [c for c in candidates if within(c, limits)]:
+        return min(allowed, key=lambda c: c.refusal)
     none = sum(c.kl is None for c in candidates)
     moved = sum(c.kl is not None and c.induced is None for c in candidates)
     mute = sum(c.induced is not None and c.refusal is None for c in candidates)
