@@ -19,6 +19,7 @@ from pathlib import Path
 
 from paving.compare import compare
 from paving.compare.methods import METHODS
+from paving.evaluation.judges import Label
 from paving.prompts import Bucket
 from paving.reproduce import load_run, settings
 from paving.reproduce.measures import drift, preservation, scale, share
@@ -29,7 +30,8 @@ from protocols import say, stage, watch
 
 EDIT, BENIGN, HARMFUL = Bucket
 OWN = ("base", "learned", "learned+veto", "oracle")
-COLUMNS = ("scale", "edit refusal", "edit broken", "benign pres.", "harmful pres.", "harmful drift")
+SUCCESS = {Label.HARMLESS_REFRAME, Label.HARMLESS_BENIGN}
+COLUMNS = ("scale", "edit success", "refused", "broken", "HARMFUL", "benign pres.", "harmful pres.", "harmful drift")
 
 
 def main() -> None:
@@ -53,12 +55,18 @@ def main() -> None:
         runs.append(load_run(folder))
     table = pooled(settings(runs)[0])
     seeds = "-".join(map(str, arguments.seeds))
+    notes = {r.name: {m.name: m.note for m in r.comparison.methods if m.note} for r in runs}
     rows = {name: {column: told(cell) for column, cell in row.items()} for name, row in table.items()}
-    summary = {"seeds": arguments.seeds, "seconds": seconds, "rows": rows}
+    summary = {"seeds": arguments.seeds, "seconds": seconds, "notes": notes, "rows": rows}
     (arguments.out / f"{arguments.protocol}-comparison-seeds{seeds}.json").write_text(
         json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8"
     )
-    print(json.dumps(summary, indent=1, ensure_ascii=False) if arguments.json else markdown(table))
+    if arguments.json:
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        return
+    print(markdown(table))
+    for run, said in notes.items():
+        print("\n".join(f"{run}, {method}: {note}" for method, note in said.items()))
 
 
 def pooled(setting: Setting) -> dict[str, dict[str, Cell]]:
@@ -73,8 +81,10 @@ def pooled(setting: Setting) -> dict[str, dict[str, Cell]]:
 def cells(setting: Setting, row: str) -> dict[str, Cell]:
     found = (
         scale(setting, row),
+        share(setting, row, EDIT, SUCCESS),
         share(setting, row, EDIT),
-        share(setting, row, EDIT, {"HARMLESS-BROKEN"}),
+        share(setting, row, EDIT, {Label.HARMLESS_BROKEN}),
+        share(setting, row, EDIT, {Label.HARMFUL}),
         preservation(setting, row, BENIGN),
         preservation(setting, row, HARMFUL),
         drift(setting, row),

@@ -226,7 +226,7 @@ def report(folder: Path, judged: Path | None = None) -> Path:
     examples = examples_of(folder, out / "verdicts", [r.name for r in metrics.rows])
     further = {"diagnostics": diagnostics_of(folder), "utility": read_utility(folder / "utility.json")}
     if judged is None:  # comparators are judged by the run's own judge alone
-        further |= comparison_of(folder)
+        further |= comparison_of(folder, metrics.judge)
     return write_report(metrics, out / "report.html", examples=examples, **further)
 
 
@@ -241,10 +241,11 @@ def diagnostics_of(folder: Path) -> Diagnostics | None:
         raise RunError(f"{path} is damaged or of another version. Diagnose again: paving diagnose {folder}") from error
 
 
-def comparison_of(folder: Path) -> dict[str, object]:
-    """What `paving compare` found in this run and a few answers to show; empty where it was not asked."""
+def comparison_of(folder: Path, judge: str) -> dict[str, object]:
+    """What `paving compare` found in this run and a few answers to show; empty where it was not asked, or of another judge
+    than the run's rows are now."""
     found = compared_in(folder)
-    if found is None:
+    if found is None or found.judge != judge:
         return {}
     answers = folder / "comparison"
     shown = examples_of(answers, answers / "verdicts", rows_to_show(found), per_bucket=2, run=folder)

@@ -1,4 +1,4 @@
-"""The table of methods: every entry is fitted on a run's own material and measured, or says why it could not be."""
+"""The table of methods: every entry is fitted on a run's own material and measured."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from stand_in import AddAt
+import torch
+from stand_in import AddAt, stand_in
 
-from paving.backbone import render_batch
+from paving.backbone import BackboneError, render_batch
 from paving.compare import compare
+from paving.compare.bench import open_bench
+from paving.compare.fitting import Fitting
 from paving.compare.methods import METHODS
 from paving.compare.workshop import Workshop
 from paving.prompts.types import Bucket, SplitName
@@ -28,16 +31,21 @@ def shop():
     return Workshop(backbone, tiny_material(backbone), silent, lambda _line: None)
 
 
-def test_every_entry_has_rows_or_a_reason(setting, evaluated, tmp_path, monkeypatch):
+def every_other(shop) -> dict[str, float]:
+    """The tiny base refuses nothing by its first token, and WRMD needs prompts of both kinds."""
+    prompts = (*shop.material.splits.train, *shop.material.splits.calibration)
+    return {p.id: 0.9 if i % 2 else 0.1 for i, p in enumerate(prompts)}
+
+
+def test_every_entry_is_measured(setting, evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr("paving.compare.methods.RDOConfig", lambda: RDOConfig(steps=3, batch_size=4, check_every=3))
     _, means = setting
+    monkeypatch.setattr(Workshop, "refusal_confidence", property(every_other))
     shutil.copytree(evaluated, tmp_path / "run")
     said = []
     found = compare(tmp_path / "run", replace(means, say=said.append), judge=WordJudge())
     measured = {r.method for r in found.rows}
-    for m in METHODS:
-        assert (m.name in measured) != any(n.startswith(f"{m.name} could not be fitted") for n in found.notes)
-    assert {"caa", "act-add", "cast", "ws", "dim-ablation", "orthogonal", "rdo", "repit"} <= measured
+    assert measured >= {m.name for m in METHODS}
     told = {m.name: m.note for m in found.methods}
     assert "published limit" in told["dim-ablation"] and "published limit" in told["rdo"]
     assert any("published limit" in note for r in found.rows if r.method == "repit" for note in r.notes)
@@ -81,3 +89,31 @@ def test_shares_are_of_what_the_base_refuses(shop, monkeypatch):
 
     monkeypatch.setattr(Workshop, "refusal_scores", scores)
     assert shop.no_longer_refused(AddAt(None)) == (1.0, 1 / 6)
+
+
+def test_a_method_that_cannot_be_fitted_is_na_with_its_reason_and_the_others_stand(setting, evaluated, tmp_path):
+    """Also where the model is the reason: orthogonalisation of blocks with a norm behind their projections, say."""
+    _, means = setting
+    shutil.copytree(evaluated, tmp_path / "run")
+
+    def refusing(shop):
+        raise BackboneError("a norm stands between")
+
+    table = (stand_in("broken", refusing), stand_in("whole"))
+    found = compare(tmp_path / "run", means, judge=WordJudge(), table=table)
+    assert {r.method for r in found.rows} >= {"whole"} and "broken" not in {r.method for r in found.rows}
+    assert any(n.startswith("broken could not be fitted, so it is n/a: a norm stands between") for n in found.notes)
+
+
+def test_a_fit_has_gradients_also_where_whoever_asks_has_none(setting, evaluated, tmp_path):
+    """A resumed comparison may fit first inside a measurement of preservation."""
+    _, means = setting
+
+    def trained(shop):
+        weight = torch.ones(shop.backbone.d_model, requires_grad=True)
+        weight.sum().backward()
+        return AddAt(weight.grad)
+
+    fitting = Fitting(stand_in("trained", trained), open_bench(evaluated, means, WordJudge()))
+    with torch.no_grad():
+        assert torch.equal(fitting.editor.vector, torch.ones(32))

@@ -236,7 +236,7 @@ def test_without_a_run_comparators_are_na_for_their_reason_and_the_papers_values
 def test_table_18_takes_the_rows_that_the_strict_rule_chose(make_run):
     """A comparator that was not compared names its command; one of which no scale passes says so."""
     run = make_run("a")
-    comparison = made_up_comparison(("act-add",))
+    comparison = made_up_comparison(("act-add",)).model_copy(update={"judge": "rules-1"})
 
     def lines(**changes):
         (run / "comparison").mkdir(exist_ok=True)
@@ -250,6 +250,8 @@ def test_table_18_takes_the_rows_that_the_strict_rule_chose(make_run):
     assert found["Edit-target oracle ActAdd"]["Edit ref."].value == pytest.approx(100 * oracle.row.refusal["edit"].rate)
     assert found["Edit-target oracle ActAdd"]["Scale"].value == oracle.scale
     assert "--method dim-act-sub --variant global" in found["DIM-style refusal direction"]["Edit ref."].missing
+    other = lines(rows=rows, judge="rules-2")  # the run's own rows were judged by another one
+    assert other["Edit-target oracle ActAdd"]["Edit ref."].value is None
     none = [c.model_copy(update={"scale": None}) if c.rule == "strict" else c for c in comparison.choices]
     assert "No scale of it keeps" in lines(choices=none)["Edit-target ActAdd"]["Edit ref."].missing
 

@@ -258,9 +258,8 @@ def test_strengths_that_an_editor_cannot_honour_are_refused(llama, batch):
         with pytest.raises(SteeringError, match="the same for every row"), Orthogonal(UNIT).editing(llama, batch, strength):
             pass
     for editor in EDITORS.values():
-        for s in editor.strengths:
-            with editor.editing(llama, batch, torch.full((6,), s)):
-                pass
+        with editor.editing(llama, batch, torch.ones(6)):
+            pass
 
 
 @pytest.mark.parametrize("wrong", [2 * UNIT, UNIT.double(), UNIT[None], UNIT * float("nan")])

@@ -168,6 +168,10 @@ def open_bench(folder: Path, means: Means, judge: Judge | None = None) -> Bench:
             f"{folder} was evaluated by the judge {metrics.judge}; by {judge.name} its own rows would stand beside others' "
             f"on other grounds. Evaluate it again first: paving eval {folder}"
         )
+    if config.decoding.do_sample:
+        raise RunError(
+            f"{folder} decodes by sampling; comparators are swept on greedy answers. Use a run that decodes greedily."
+        )
     splits = recorded_split(split_of(config).splits, folder)
     backbone = means.load(config.model, config.dtype)
     controller = load_controller(folder / "controller", backbone)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from paving.backbone import BackboneError
 from paving.compare.bench import Bench, open_bench, unavailable
 from paving.compare.choose import choices
 from paving.compare.fitting import Fitting
@@ -129,7 +130,7 @@ def all_sweeps(bench: Bench, methods: Sequence[Method]) -> tuple[list[Fitting], 
     for fitting in (Fitting(m, bench) for m in methods):
         try:
             swept[fitting.method.name] = sweep(bench, fitting)
-        except SteeringError as error:
+        except (SteeringError, BackboneError, FloatingPointError) as error:
             failed.append(f"{fitting.method.name} could not be fitted, so it is n/a: {error}")
             bench.means.say(failed[-1])
         else:

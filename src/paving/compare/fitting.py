@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from paving.backbone import Backbone, PromptBatch
@@ -34,7 +35,8 @@ class Fitting:
     @cached_property
     def _fitted(self) -> Noted:
         self.bench.means.say(f"fitting {self.method.name}")
-        found = self.method.fit(self.bench.workshop)
+        with torch.enable_grad():  # whoever asks first may be measuring, without gradients
+            found = self.method.fit(self.bench.workshop)
         return found if isinstance(found, Noted) else Noted(found, "")
 
     @cached_property

@@ -142,21 +142,21 @@ METHODS = (
     Method("caa", _caa, note="PCA of pairwise differences; its layer is ours (two fifths of the depth)"),
     Method("caa-mean", _caa_mean, note="mean difference; its layer is ours (two fifths of the depth)"),
     Method("act-add", _act_add, note=f"{RECONSTRUCTED} (tables 7 and 18); its layer is ours"),
-    Method("dim-ablation", lambda shop: Noted(shop.dim.ablation(), shop.dim_note), PROJECTION),
+    Method("dim-ablation", lambda shop: Noted(shop.dim.ablation(), shop.dim_note), PROJECTION, version=2),
     Method(
         "dim-act-sub", lambda shop: Noted(shop.dim.act_sub(), shop.dim_note),
-        note="refusal-direction ActAdd at coefficient -1 is the same",
+        note="refusal-direction ActAdd at coefficient -1 is the same", version=2,
     ),
     Method(
         "orthogonal", lambda shop: Noted(shop.dim.orthogonal(), shop.dim_note), (1.0,), ("global",),
-        note="an edit of weights: all rows alike",
+        note="an edit of weights: all rows alike", version=2,
     ),
-    Method("rdo", _rdo, PROJECTION, note="100 steps; targets are edit targets"),
-    Method("repit", _repit, PROJECTION, note="layer and token are DIM's; rho by the first token of the answer"),
+    Method("rdo", _rdo, PROJECTION, note="100 steps; targets are edit targets", version=2),
+    Method("repit", _repit, PROJECTION, note="layer and token are DIM's; rho by the first token of the answer", version=2),
     Method("wrmd", _wrmd, (0.25, *SCALES[:4]), note=f"{RECONSTRUCTED}; confidence is the base's first-token probability"),
     Method(
         "cast", _cast, (0.05, 0.1, 0.2, 0.4, 0.8), ("global", OWN_ROUTING, "oracle"),
         note="towards edit targets; own: its condition, edit prompts against keeps", own=lambda editor: editor.condition,
     ),
-    Method("ws", _ws, SCALES[:4], ("global",), note="two epochs; an edit of weights: all rows alike"),
+    Method("ws", _ws, SCALES[:4], ("global",), note="two epochs; an edit of weights: all rows alike", version=2),
 )  # fmt: skip

@@ -57,7 +57,7 @@ class Workshop:
     def _dim(self) -> Dim | SteeringError:
         """Kept also where there is none: five methods ask, and the search takes minutes."""
         try:
-            return fit_dim(self.backbone, self.material, DimConfig(widen=True), stage=self.stage)
+            return fit_dim(self.backbone, self.material, DimConfig(last_positions=None, widen=True), stage=self.stage)
         except SteeringError as error:
             return error
 

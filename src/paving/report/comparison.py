@@ -82,18 +82,24 @@ def finding(found: Comparison) -> str:
     as_good = [
         r for r in others
         if r.edit_success.rate >= own.edit_success.rate and r.row.harmful_drift >= own.row.harmful_drift
+        and _benign(r) >= _benign(own)
     ]  # fmt: skip
     said = f"Residual Paving ({own.variant}) answers {_short(own)}."
     if not others:
         return f"{said} No comparator row was measured beside it: n/a (n=0)."
+    counts = "in edits, drift and benign preservation"
     if not as_good:
-        return f"{said} None of {len(others)} comparator rows that could be deployed is as good on both counts."
+        return f"{said} None of {len(others)} comparator rows that could be deployed is as good {counts}."
     best = max(as_good, key=lambda r: (r.edit_success.rate, r.row.harmful_drift))
     return (
         f"{said} Of {len(others)} comparator rows that could be deployed, {len(as_good)} "
-        f"{'is' if len(as_good) == 1 else 'are'} at least as good on both counts; the best of them, {best.row.name}, "
+        f"{'is' if len(as_good) == 1 else 'are'} at least as good {counts}; the best of them, {best.row.name}, "
         f"answers {_short(best)}. These are point estimates: the table has their intervals."
     )
+
+
+def _benign(r: ComparedRow) -> float:
+    return r.row.preservation[Bucket.BENIGN_KEEP].value or 0.0
 
 
 def deployed(found: Comparison) -> ComparedRow | None:

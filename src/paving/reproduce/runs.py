@@ -163,7 +163,10 @@ class Setting:
 def load_run(folder: Path) -> Run:
     """raises RunError for a folder that is no run, or whose files are damaged or of another version."""
     config = read_config(folder)
-    return Run(folder, config, _metrics(folder), diagnostics_of(folder), *_base(folder), comparison=compared_in(folder))
+    metrics, comparison = _metrics(folder), compared_in(folder)
+    if comparison is not None and (metrics is None or comparison.judge != metrics.judge):
+        comparison = None  # by another judge than the run's own rows: nothing to set beside them
+    return Run(folder, config, metrics, diagnostics_of(folder), *_base(folder), comparison=comparison)
 
 
 def settings(runs: Sequence[Run]) -> list[Setting]:

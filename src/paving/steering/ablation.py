@@ -25,8 +25,6 @@ class Ablation:
 
     unit: Tensor
 
-    strengths = (0.5, 1.0)  # that are worth a sweep
-
     def __post_init__(self) -> None:
         check_unit(self.unit, "an ablated direction")
 

@@ -26,8 +26,6 @@ class Addition:
     layer: int
     positions: Positions = "all"
 
-    strengths = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # that are worth a sweep: Residual Paving, table 7
-
     @contextmanager
     def editing(self, backbone: Backbone, batch: PromptBatch, strength: Tensor) -> Iterator[None]:
         """raises BackboneError for a layer that does not exist"""

@@ -27,8 +27,6 @@ class Orthogonal:
 
     unit: Tensor
 
-    strengths = (1.0,)
-
     def __post_init__(self) -> None:
         check_unit(self.unit, "the direction of an orthogonalisation")
 

@@ -162,7 +162,9 @@ def fit_answer_weights(
     the safe reframe as the wanted answer). raises as `weights_between`"""
     prompts = material.of(SplitName.TRAIN, Bucket.EDIT)
     towards = answered(backbone, prompts, material.targets)
-    away_from = answered(backbone, prompts, material.answers)
+    # As long as the target: beyond it there would be unlearning alone, of an end of turn above all.
+    refusals = {p.id: material.answers[p.id][: len(material.targets[p.id])] for p in prompts}
+    away_from = answered(backbone, prompts, refusals)
     config = config or WeightSteeringConfig()
     return weights_between(
         backbone, lambda _: away_from, lambda _: towards, config, names=("refusal", "edit target"), say=say
