@@ -102,6 +102,7 @@ def test_a_method_that_cannot_be_fitted_is_na_with_its_reason_and_the_others_sta
     table = (stand_in("broken", refusing), stand_in("whole"))
     found = compare(tmp_path / "run", means, judge=WordJudge(), table=table)
     assert {r.method for r in found.rows} >= {"whole"} and "broken" not in {r.method for r in found.rows}
+    assert next(m.failed for m in found.methods if m.name == "broken") == "a norm stands between"
     assert any(n.startswith("broken could not be fitted, so it is n/a: a norm stands between") for n in found.notes)
 
 

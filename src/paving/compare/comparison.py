@@ -70,7 +70,7 @@ def compare(
     fittings, swept, failed = all_sweeps(bench, asked.methods)
     points = all_figures(bench, fittings, swept, asked, limits)
     chosen = choices(points, asked.objectives)
-    records = [method_record(m, swept.get(m.name, ())) for m in asked.methods]
+    records = [method_record(m, swept.get(m.name, ()), failed.get(m.name)) for m in asked.methods]
     rows = held_out_rows(bench, to_measure(fittings, chosen), {r.name: r.note for r in records}, bert_model)
     found = Comparison(
         run=folder.name,
@@ -87,7 +87,7 @@ def compare(
         sweeps=points,
         choices=chosen,
         rows=rows,
-        notes=[*failed, *notes_of(bench, asked, bert_model)],
+        notes=[*map(said_of, failed.items()), *notes_of(bench, asked, bert_model)],
     )
     write_text(folder / FILE, found.model_dump_json(indent=1))
     report(folder)
@@ -124,18 +124,24 @@ def asked_for(
     )
 
 
-def all_sweeps(bench: Bench, methods: Sequence[Method]) -> tuple[list[Fitting], dict[str, list[OpenAnswers]], list[str]]:
-    """(methods that could be fitted, their sweeps, a line for each that could not be: its rows are n/a)."""
-    fittings, swept, failed = [], {}, []
+def all_sweeps(
+    bench: Bench, methods: Sequence[Method]
+) -> tuple[list[Fitting], dict[str, list[OpenAnswers]], dict[str, str]]:
+    """(methods that could be fitted, their sweeps, why the others could not be: their rows are n/a)."""
+    fittings, swept, failed = [], {}, {}
     for fitting in (Fitting(m, bench) for m in methods):
         try:
             swept[fitting.method.name] = sweep(bench, fitting)
         except (SteeringError, BackboneError, FloatingPointError) as error:
-            failed.append(f"{fitting.method.name} could not be fitted, so it is n/a: {error}")
-            bench.means.say(failed[-1])
+            failed[fitting.method.name] = str(error)
+            bench.means.say(said_of((fitting.method.name, str(error))))
         else:
             fittings.append(fitting)
     return fittings, swept, failed
+
+
+def said_of(failure: tuple[str, str]) -> str:
+    return f"{failure[0]} could not be fitted, so it is n/a: {failure[1]}"
 
 
 def all_figures(
@@ -162,11 +168,12 @@ def all_figures(
     return points
 
 
-def method_record(m: Method, swept: Sequence[OpenAnswers]) -> MethodRecord:
+def method_record(m: Method, swept: Sequence[OpenAnswers], failed: str | None) -> MethodRecord:
     tried, fitted = [a.scale for a in swept], [a.note for a in swept[:1]]
     left_out = [s for s in sorted(set(m.scales)) if s not in tried]
     note = "; ".join(filter(None, (m.note, *fitted)))
-    return MethodRecord(name=m.name, note=note, scales=tried, left_out=left_out)
+    left_out = [] if failed else left_out
+    return MethodRecord(name=m.name, note=note, scales=tried, left_out=left_out, failed=failed)
 
 
 def notes_of(bench: Bench, asked: Asked, bert_model: str | None) -> list[str]:

@@ -108,12 +108,14 @@ class ComparedRow(Record):
 
 
 class MethodRecord(Record):
-    """What of a method was tried. left_out: scales above one at which nearly every edit answer was broken."""
+    """What of a method was tried. left_out: scales above one at which nearly every edit answer was broken. failed: why it
+    could not be fitted; None where it was."""
 
     name: str
     note: str
     scales: list[float]
     left_out: list[float]
+    failed: str | None = None
 
 
 class Comparison(Record):

@@ -37,6 +37,8 @@ def lacking(setting: Setting, row: str) -> str | None:
 def command_for(row: str, run: Run) -> str:
     """What would make a row that is not there."""
     if "/" in row:
+        if (why := run.could_not_be_fitted(row)) is not None:
+            return f"It could not be fitted: {why}"
         if run.passes_nowhere(row):
             return "No scale of it keeps benign and harmful keeps within the strict rule's limits."
         method, variant, *_ = row.split("/")

@@ -59,6 +59,11 @@ class Run:
         rows = self.comparison.rows if self.comparison else ()
         return next((r for r in rows if (r.method, r.variant) == (method, variant) and rule in r.chosen_by), None)
 
+    def could_not_be_fitted(self, name: str) -> str | None:
+        """Why the comparator has no rows at all, where that was tried."""
+        methods = self.comparison.methods if self.comparison else ()
+        return next((m.failed for m in methods if m.name == _compared_name(name)[0]), None)
+
     def passes_nowhere(self, name: str) -> bool:
         """Whether the comparator was swept and no scale of it kept to the rule's limits."""
         wanted = (*_compared_name(name), None)
