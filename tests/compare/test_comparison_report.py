@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from made_up_comparison import BASE_REFUSED, METHODS, compared, made_up_comparison, row
 from matplotlib import rc_context
 
+from made_up_comparison import BASE_REFUSED, METHODS, compared, made_up_comparison, row
 from paving.evaluation.comparison import OWN
 from paving.evaluation.statistics import wilson
 from paving.report import comparison, comparison_figures, comparison_table, nothing_passes

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_material import tiny_material
 
 from paving.backbone import BackboneError, render_ids
 from paving.backbone.hooks import record_residuals
@@ -18,6 +17,7 @@ from paving.steering.caa import CaaConfig, fit_caa
 from paving.steering.checks import SteeringError
 from paving.steering.routing import Global
 from paving.steering.steered import Steered
+from tiny_material import tiny_material
 from tiny_models import tiny_backbone
 
 N_TOKENS = 4
