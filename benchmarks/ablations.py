@@ -2,6 +2,7 @@
 
     python benchmarks/ablations.py same-source
     python benchmarks/ablations.py paper --seeds 0 --only no-contrastive late-edits
+    python benchmarks/ablations.py paper --finished     # the table of what is there, with the seeds of each row
 
 The full recipe's runs come first: `python benchmarks/protocols.py PROTOCOL --data DIR`. All rows of a seed share its
 prompts, targets, cached traces, and the scale that the full recipe chose. A killed command goes on where it was.
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".bench"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=["rows", *names], default=["rows", *names])
+    parser.add_argument("--finished", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
@@ -33,6 +35,8 @@ def main() -> None:
         full = arguments.out / f"{arguments.protocol}-seed{seed}"
         if not (full / "metrics.json").exists():
             sys.exit(f"{full} is not there. Run first: python benchmarks/protocols.py {arguments.protocol} --data DIR")
+        if arguments.finished:
+            continue
         if "rows" in arguments.only:
             evaluate(full, means, policies=ROW_POLICIES, mixtures=ROW_MIXTURES)
         for name in [n for n in arguments.only if n != "rows"]:
@@ -54,16 +58,21 @@ def summarise(out: Path, protocol: str, seeds: list[int]) -> dict:
     rows: dict[str, dict] = {}
     folders = {seed: out / f"{protocol}-seed{seed}" for seed in seeds}
     for name in ("base", "learned", "learned+veto", "oracle", *ROW_POLICIES, *ROW_MIXTURES):
-        runs = [(f, name) for f in folders.values() if name in names_of(f)]
-        if runs:
-            rows[name] = figures_of(runs)
+        there = {seed: (f, name) for seed, f in folders.items() if name in names_of(f)}
+        add(rows, name, there, seeds)
     for variant in ABLATIONS:
-        found = [out / "ablations" / f"{protocol}-seed{seed}" / variant.name for seed in seeds]
-        found = [f for f in found if (f / "metrics.json").exists()]
-        if found:
-            rows[f"{variant.name}: deployed"] = figures_of([(f, deployed(f)) for f in found])
-            rows[f"{variant.name}: oracle"] = figures_of([(f, "oracle") for f in found])
+        found = {seed: out / "ablations" / f"{protocol}-seed{seed}" / variant.name for seed in seeds}
+        found = {seed: f for seed, f in found.items() if (f / "metrics.json").exists()}
+        add(rows, f"{variant.name}: deployed", {s: (f, deployed(f)) for s, f in found.items()}, seeds)
+        add(rows, f"{variant.name}: oracle", {s: (f, "oracle") for s, f in found.items()}, seeds)
     return {"seeds": seeds, "rows": rows}
+
+
+def add(rows: dict[str, dict], name: str, there: dict[int, tuple[Path, str]], seeds: list[int]) -> None:
+    """A row that not every seed has says which seeds it pools."""
+    if there:
+        short = "" if len(there) == len(seeds) else f" (seeds {', '.join(map(str, there))} only)"
+        rows[name + short] = figures_of(list(there.values()))
 
 
 def deployed(folder: Path) -> str:
