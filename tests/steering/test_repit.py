@@ -171,8 +171,10 @@ def test_what_cannot_be_fitted_is_said(backbone):
     same = {p.id: replace(p, text=e.text) for p, e in zip(harmful, edit, strict=True)}
     splits = material().splits
     twins = replace(material(), splits=replace(splits, train=tuple(same.get(p.id, p) for p in splits.train)))
-    with pytest.raises(SteeringError, match="in the span of 1 other"):
-        fit_repit(backbone, twins, lambda _: (1.0, 0.0), layer=LAYER, config=RepItConfig(rhos=(1.0,), smallest=99))
+    for batch_size in (1, 3, 16):  # a twin's state differs from its own in the last bits where their batches differ
+        config = RepItConfig(rhos=(1.0,), smallest=99, batch_size=batch_size)
+        with pytest.raises(SteeringError, match="in the span of 1 other"):
+            fit_repit(backbone, twins, lambda _: (1.0, 0.0), layer=LAYER, config=config)
 
 
 def test_the_component_becomes_that_of_the_mean_benign_state(backbone):

@@ -28,6 +28,10 @@ Score = Callable[[Editor], tuple[float, float]]
 
 REST = "(the rest)"
 
+LEFT_OVER = 1e-4
+"""Less of the target's length than this is taken for rounding: states are float32 or coarser, and a prompt's state varies
+in its last bits with the rows that shared its batch."""
+
 
 class RepItConfig(BaseModel):
     """rhos, refine and limit are those of the published code.
@@ -112,7 +116,7 @@ def fit_repit(
     def at(rho: float) -> IsolatedDirection:
         direction = isolate(target, torch.stack(list(others.values())), rho)
         length = direction.norm()
-        if not length > 1e-9 * target.norm():
+        if not length > LEFT_OVER * target.norm():
             raise SteeringError(
                 f"at rho = {rho} next to nothing is left of the target's vector at layer {layer}: it lies in the span of "
                 f"{len(others)} other concepts, or is zero. Take smaller rhos, another layer, or larger concepts."
