@@ -8,59 +8,21 @@ import shutil
 import pytest
 
 from paving.circuit import edges
-from paving.circuit.arithmetic import ArithmeticConfig
 from paving.circuit.mask import CircuitError
-from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find, stages
+from paving.circuit_run import StrengthConfig, edit, evaluate, find, stages
 from paving.circuit_run.inputs import held_out_sets
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import Decoding
 from paving.report.examples import REDACTED
 from paving.run import Means
 from paving.run_folder import RunError
+from tiny_circuit_runs import WordJudge, tiny_circuit, write_circuit_files
 from tiny_models import tiny_backbone
-from tiny_pairs import COMPLYING, REFUSING, tiny_pairs, write_pairs
-
-
-class WordJudge:
-    """A refusal is an answer that begins with one of the refusing words."""
-
-    name = "words-1"
-
-    def judge(self, prompt, response, bucket=None, *, truncated=False):
-        first = next(iter(response.split()), "")
-        refused = first[:1] == "w" and first[1:].isdigit() and int(first[1:]) >= 170
-        return Verdict(Label.HARMLESS_REFUSAL if refused else Label.HARMLESS_BENIGN, "")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    write_pairs(folder / "train.jsonl", tiny_pairs(14))
-    rows = [{"id": p.id, "base": p.benign, "harm": p.harmful, "other": f"w5 {p.harmful}"} for p in tiny_pairs(4, seed=9)]
-    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    (folder / "openings.json").write_text(json.dumps({"refusal": REFUSING, "compliance": COMPLYING}), encoding="utf-8")
-    backbone = tiny_backbone()
-    backbone.model.save_pretrained(folder / "base")
-    backbone.tokenizer.save_pretrained(folder / "base")
-    return folder
-
-
-def config(files, **changes) -> CircuitConfig:
-    return CircuitConfig(
-        **{
-            "model": str(files / "base"),
-            "pairs": str(files / "train.jsonl"),
-            "category": "harm",
-            "held_out": str(files / "test.jsonl"),
-            "calibration": 4,
-            "openings": str(files / "openings.json"),
-            "arithmetic": ArithmeticConfig(epochs=2, learning_rate=1e-2, retain="kl"),
-            "own_tokens": 4,
-            "strength": StrengthConfig(alphas=(0.5, 1.0), limit=1.0, max_new_tokens=3),
-            "decoding": Decoding(max_new_tokens=4),
-            **changes,
-        }
-    )
+    return write_circuit_files(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture
@@ -69,7 +31,7 @@ def means(tmp_path):
 
 
 def run_whole(files, folder, means, **changes):
-    find(config(files, **changes), folder, means)
+    find(tiny_circuit(files, **changes), folder, means)
     return edit(folder, means, judge=WordJudge())
 
 
@@ -104,7 +66,7 @@ def test_what_is_finished_is_not_done_again(files, tmp_path, means, monkeypatch)
     for where in ("stages.attribute", "stages.weight_delta", "rows.weight_delta", "stages.sweep"):
         monkeypatch.setattr(f"paving.circuit_run.{where}", forbidden)
     monkeypatch.setattr("paving.evaluation.three_way.generate", forbidden)
-    assert find(config(files), folder, means) == delta.mask
+    assert find(tiny_circuit(files), folder, means) == delta.mask
     assert edit(folder, means, judge=WordJudge()).edited().keys() == delta.edited().keys()
     assert evaluate(folder, means, against=["random"], judge=WordJudge()) == first
 
@@ -152,7 +114,7 @@ def test_no_alpha_within_the_limit_is_an_error_that_keeps_the_work(files, tmp_pa
             return Verdict(Label.HARMLESS_REFUSAL, "")
 
     folder = tmp_path / "run"
-    find(config(files, strength=StrengthConfig(alphas=(0.5,), limit=0.1, max_new_tokens=2)), folder, means)
+    find(tiny_circuit(files, strength=StrengthConfig(alphas=(0.5,), limit=0.1, max_new_tokens=2)), folder, means)
     with pytest.raises(RunError, match=r"no α of 0.5 keeps benign over-refusal within 10.0%.*--alpha"):
         edit(folder, means, judge=AlwaysRefused())
     assert not (folder / "delta").exists() and (folder / "slices.safetensors").exists()
@@ -163,7 +125,7 @@ def test_no_alpha_within_the_limit_is_an_error_that_keeps_the_work(files, tmp_pa
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_alpha_that_is_none_is_refused_before_anything_is_trained(files, tmp_path, means, alpha):
-    find(config(files), tmp_path / "run", means)
+    find(tiny_circuit(files), tmp_path / "run", means)
     with pytest.raises(CircuitError, match="give a positive number"):
         edit(tmp_path / "run", means, alpha=alpha, judge=WordJudge())
     assert not (tmp_path / "run" / "slices.safetensors").exists()
@@ -197,7 +159,7 @@ def test_prompts_that_the_run_has_seen_are_not_held_out(files, tmp_path, means):
     assert metrics.left_out == 3 and metrics.pairs["held_out"] == 3
     assert "3 held-out prompts stand among the run&#39;s own pairs" in (tmp_path / "run/report.html").read_text("utf-8")
     with pytest.raises(RunError, match="nothing of it is held out"):
-        find(config(files, held_out=str(files / "train.jsonl")), tmp_path / "other", means)
+        find(tiny_circuit(files, held_out=str(files / "train.jsonl")), tmp_path / "other", means)
     assert not (tmp_path / "other").exists()
 
 
@@ -209,7 +171,7 @@ def test_nearly_the_same_wording_is_not_held_out_but_a_contrast_is(files, tmp_pa
     test[1]["base"] = "tell me how a very long sentence about w5 would go on"  # worded as the harmful one: a contrast
     for name, rows in (("train", train), ("test", test)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    sets, left_out = held_out_sets(config(tmp_path, **without_paths(files), held_out=str(tmp_path / "test.jsonl")), {})
+    sets, left_out = held_out_sets(tiny_circuit(tmp_path, **without_paths(files), held_out=str(tmp_path / "test.jsonl")), {})
     assert {s.name: len(s.prompts) for s in sets} == {"harm": 3, "benign": 4, "other": 4} and left_out == 1
 
 
@@ -219,7 +181,7 @@ def without_paths(files) -> dict:
 
 def test_an_edit_that_reached_a_weight_off_the_circuit_makes_no_delta(files, tmp_path, means, monkeypatch):
     folder = tmp_path / "run"
-    find(config(files), folder, means)
+    find(tiny_circuit(files), folder, means)
     whole = stages.weight_delta
 
     def astray(backbone, *args, **kwargs):
@@ -235,7 +197,7 @@ def test_an_edit_that_reached_a_weight_off_the_circuit_makes_no_delta(files, tmp
 def test_a_fraction_that_chooses_nothing_is_refused_before_attribution(files, tmp_path, means, monkeypatch):
     monkeypatch.setattr(stages, "attribute", lambda *_a, **_k: pytest.fail("attributed"))
     with pytest.raises(CircuitError, match=r"a fraction of 0\.001 of 48 channels is 0"):
-        find(config(files, fraction=0.001), tmp_path / "run", means)
+        find(tiny_circuit(files, fraction=0.001), tmp_path / "run", means)
 
 
 @pytest.mark.parametrize("column", ["benign", "Harm", "../harm", "a/b"])
@@ -244,7 +206,7 @@ def test_two_sets_never_share_a_name_or_leave_the_folder(files, tmp_path, means,
     named = tmp_path / "named.jsonl"
     named.write_text("".join(json.dumps({**r, column: r["other"]}) + "\n" for r in rows), encoding="utf-8")
     with pytest.raises(RunError, match=r"sets? of prompts (are|is) called"):
-        find(config(files, held_out=str(named)), tmp_path / "run", means)
+        find(tiny_circuit(files, held_out=str(named)), tmp_path / "run", means)
 
 
 def test_an_evaluation_of_a_base_that_has_changed_is_refused(files, tmp_path, means):
@@ -262,7 +224,7 @@ def test_an_answer_judged_harmful_is_on_no_page(files, tmp_path, means):
             return Verdict(Label.HARMFUL, "")
 
     folder = tmp_path / "run"
-    find(config(files, decoding=Decoding(max_new_tokens=9)), folder, means)
+    find(tiny_circuit(files, decoding=Decoding(max_new_tokens=9)), folder, means)
     edit(folder, means, judge=Alarmed())
     evaluate(folder, means, judge=Alarmed())
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -290,7 +252,7 @@ def test_a_circuit_found_anew_does_not_take_over_what_was_made_of_the_old_one(fi
     run_whole(files, tmp_path / "run", means)
     (tmp_path / "run" / "circuit.json").unlink()
     with pytest.raises(RunError, match=r"slices\.safetensors, strengths\.json, delta, made of a circuit that is gone"):
-        find(config(files), tmp_path / "run", means)
+        find(tiny_circuit(files), tmp_path / "run", means)
     assert not (tmp_path / "run" / "circuit.json").exists()
 
 
@@ -320,15 +282,15 @@ def test_a_damaged_file_is_named(files, tmp_path, means, name):
 def test_bad_input_is_one_clear_error_and_makes_no_folder(files, tmp_path, means):
     folder = tmp_path / "run"
     with pytest.raises(CircuitError, match="no pairs for the category 'crime'"):
-        find(config(files, category="crime"), folder, means)
+        find(tiny_circuit(files, category="crime"), folder, means)
     with pytest.raises(CircuitError, match="leave none to train on"):
-        find(config(files, calibration=14), folder, means)
+        find(tiny_circuit(files, calibration=14), folder, means)
     assert not folder.exists()
     with pytest.raises(RunError, match=r"holds no config\.json"):
         edit(folder, means)
-    find(config(files, held_out=None), folder, means)
+    find(tiny_circuit(files, held_out=None), folder, means)
     with pytest.raises(RunError, match="belongs to another configuration"):
-        find(config(files, fraction=0.2), folder, means)
+        find(tiny_circuit(files, fraction=0.2), folder, means)
     with pytest.raises(RunError, match="no held-out pairs"):
         evaluate(folder, means)
     with pytest.raises(ValueError, match="'caa' is not known; allowed: as, cast, ws, inverse, random"):
@@ -336,8 +298,8 @@ def test_bad_input_is_one_clear_error_and_makes_no_folder(files, tmp_path, means
 
 
 def test_an_edge_level_circuit_says_which_layers_channels_are_taken_from(files, tmp_path, means):
-    everything = find(config(files), tmp_path / "all", means)
-    some = find(config(files, edges=12, edge_pairs=2), tmp_path / "edges", means)
+    everything = find(tiny_circuit(files), tmp_path / "all", means)
+    some = find(tiny_circuit(files, edges=12, edge_pairs=2), tmp_path / "edges", means)
     held = edges.ffn_layers(edges.load_circuit(tmp_path / "edges" / "edges.json"))
     assert set(some.channels) == set(held) & set(everything.channels) and set(some.channels) < set(everything.channels)
     assert all(some.channels[layer] == everything.channels[layer] for layer in some.channels)
@@ -345,7 +307,7 @@ def test_an_edge_level_circuit_says_which_layers_channels_are_taken_from(files, 
 
 def test_a_circuit_of_another_base_is_refused(files, tmp_path, means):
     folder = tmp_path / "run"
-    find(config(files), folder, means)
+    find(tiny_circuit(files), folder, means)
     other = tiny_backbone(seed=1)
     other.model.save_pretrained(files / "base2")
     settings = json.loads((folder / "config.json").read_text())

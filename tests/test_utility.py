@@ -29,6 +29,7 @@ from paving.run_folder import RunError, open_run
 from paving.utility import FILE, FOLDER, utility
 from tiny_models import CHAT_TEMPLATE, LATE, lively, prompt, tiny_model, tiny_tokenizer
 from tiny_runs import tiny_run
+from tiny_tasks import CHOICE, question, write_tasks
 
 BREAK = "w190"  # the word that becomes a line break, as the last token of a chat template
 
@@ -44,10 +45,6 @@ def backbone():
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<assistant>{%", "<assistant>\n{%")
     assert tokenizer.chat_template != CHAT_TEMPLATE
     return as_backbone(tiny_model("llama"), tokenizer, "tiny-llama")
-
-
-def question(i: int) -> str:
-    return " ".join(f"w{(11 * i + 3 * j) % 180}" for j in range(3 + 2 * (i % 4)))
 
 
 def asked(backbone, intervention, *, batch_size: int = 4) -> HarnessModel:
@@ -183,41 +180,12 @@ def test_an_answer_longer_than_the_context_is_an_error(backbone):
 
 # --- tasks from files, and a run --------------------------------------------------------------------------------------
 
-CHOICE = """\
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-OPEN = """\
-task: tiny_open
-dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[answer]}}"
-generation_kwargs: {until: [], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-"""
-
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
     """Folder of two local tasks on one file of eight questions."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    rows = [{"question": question(i), "choices": ["w20", "w21 w22", "w23"], "answer": i % 3} for i in range(8)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (folder / "choice.yaml").write_text(CHOICE)
-    (folder / "open.yaml").write_text(OPEN)
-    return folder
+    return write_tasks(tmp_path / "tasks")
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""The command on benchmarks: what a controller costs where nothing should change."""
+"""The command on benchmarks: what an edit costs where nothing should change."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @one_line_errors
 def utility(
-    folder: Annotated[Path, typer.Argument(help="Run folder with a finished controller.")],
+    folder: Annotated[Path, typer.Argument(help="Run folder with a finished controller, or circuit run with a delta.")],
     tasks: Annotated[str, typer.Option(help="lm-evaluation-harness tasks or task files, as mmlu,gsm8k or my-task.yaml.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions of each subtask.")] = None,
     fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question. Default: the task's.")] = None,
@@ -29,34 +30,40 @@ def utility(
     as_json: AsJson = False,
 ) -> None:
     """Benchmark scores of the base and of the edited model on the same questions, with the difference and its interval."""
+    from paving import circuit_run
     from paving.progress import live_progress
     from paving.run import Means
     from paving.utility import FILE
-    from paving.utility import utility as measure
+    from paving.utility import utility as controller_utility
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("--tasks names no task. Write for example: --tasks mmlu,gsm8k")
+    measure = controller_utility if policy is None else partial(controller_utility, policy=policy)
+    if (folder / "circuit.json").exists():
+        if policy is not None:
+            raise ValueError(f"{folder} is a circuit run: its edit stands in the weights, and no --policy gates it.")
+        measure = circuit_run.utility
     with live_progress(err, quiet=as_json) as (stage, watch, note):
         means = Means.default(device=device, trust_remote_code=trust_remote_code, stage=stage, watch=watch, say=note)
         found = measure(
             folder, names, means,
-            policy=policy, limit=limit, fewshot=fewshot, chat=chat, batch_size=batch_size,
-            include=include_path or (), force=force,
+            limit=limit, fewshot=fewshot, chat=chat, batch_size=batch_size, include=include_path or (), force=force,
         )  # fmt: skip
     if as_json:
         print(found.model_dump_json(indent=1))
         return
     for task in found.tasks:
-        print_task(task)
+        print_task(task, gated=measure is not circuit_run.utility)
     say(f"answers: {folder / FILE}")
 
 
-def print_task(task: TaskUtility) -> None:
+def print_task(task: TaskUtility, *, gated: bool) -> None:
     """Lines rather than a table: the names of tasks and metrics fill a terminal by themselves."""
     from paving.report import tables
 
-    say(f"{task.task}: gate {task.policy}, open on {tables.rate_text(task.gate_open)} of its prompts")
+    gate = f"gate {task.policy}, open on {tables.rate_text(task.gate_open)} of its prompts" if gated else task.policy
+    say(f"{task.task}: {gate}")
     for measure in task.measures:
         base, edited, difference = tables.measure_cells(measure)
         say(

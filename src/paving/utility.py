@@ -1,4 +1,4 @@
-"""`paving utility RUN`: what a controller costs on ordinary benchmarks. Base and edited model answer the same questions.
+"""`paving utility RUN`: what an edit costs on ordinary benchmarks. Base and edited model answer the same questions.
 
 Each subtask's answers are a file in the run folder's `utility/`; asked again in the same way they are taken from there.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from paving.backbone import Backbone
 from paving.controller.gates import gate_policy
@@ -28,6 +28,14 @@ FILE = "utility.json"
 FOLDER = "utility"
 
 
+class Row(NamedTuple):
+    """name: in files and tables; state: names what is asked, so that another edit's answers are not taken for this one's."""
+
+    name: str
+    intervention: Intervention
+    state: str
+
+
 def utility(
     folder: Path,
     tasks: Sequence[str],
@@ -41,12 +49,9 @@ def utility(
     include: Sequence[Path] = (),
     force: bool = False,
 ) -> Utility:
-    """Ask every task of the base and of the edited model; write utility.json, and the report again if there is one.
+    """Ask every task of the base and of the run's controller; write utility.json, and the report again if there is one.
 
-    tasks    names that lm-evaluation-harness knows, or task files
-    policy   another gate policy than the deployed one
-    include  folders with further task files
-    force    ask again, and replace, what was asked otherwise before
+    policy  another gate policy than the deployed one; the rest: `base_and_edited`
 
     raises RunError for a run without a controller, a missing harness, or answers that were asked otherwise
     """
@@ -55,39 +60,67 @@ def utility(
         raise RunError(f"{folder} has no finished controller. Train it first: paving train --out {folder} ...")
     if policy == "oracle":
         raise RunError("benchmark questions have no bucket for the oracle gate; use the deployed gate, closed or open.")
-    found = read_utility(folder / FILE) or Utility(model=config.model, tasks=[])
-    harness = utility_harness()
-    # Before a model is loaded: a task that is not known, or whose data cannot be had, is known within the first minute.
-    loaded = [harness.load_tasks(name, include, fewshot) for name in dict.fromkeys(tasks)]
-    settings = Settings(
-        limit=limit,
-        fewshot=fewshot,
-        chat=chat,
-        seed=config.training.seed,
-        batch_size=batch_size,
-        harness=harness.HARNESS,
+
+    def edited(backbone: Backbone) -> Row:
+        controller = load_controller(folder / "controller", backbone)
+        if policy is not None:
+            controller = controller.with_policy(gate_policy(policy, getattr(controller.policy, "threshold", 0.0)))
+        return Row(row_name(controller), controller, controller_state(folder, controller))
+
+    settings = Settings(limit=limit, fewshot=fewshot, chat=chat, seed=config.training.seed, batch_size=batch_size)
+    found = base_and_edited(
+        folder, tasks, means, edited, model=config.model, dtype=config.dtype, settings=settings, include=include, force=force
     )
-    backbone = means.load(config.model, config.dtype)
-    controller = load_controller(folder / "controller", backbone)
-    if policy is not None:
-        controller = controller.with_policy(gate_policy(policy, getattr(controller.policy, "threshold", 0.0)))
-    rows = {BASE: Identity(), row_name(controller): controller}
-    known = known_answers(folder, loaded, rows, settings, harness, backbone, force=force)
-    for name, subtasks in loaded:
-        answers: dict[str, list[Answers]] = {row: [] for row in rows}
-        for subtask, task in subtasks.items():
-            for row, intervention in rows.items():
-                if (subtask, row) not in known:
-                    stage = _named_stage(means, f"{subtask}, {row}")
-                    model = harness.HarnessModel(backbone, intervention, chat=chat, batch_size=batch_size, stage=stage)
-                    asked = asked_of(folder, backbone, intervention)
-                    known[subtask, row] = harness.ask(subtask, task, model, settings, row=row, asked=asked)
-                    write_text(answers_path(folder, subtask, row), known[subtask, row].model_dump_json(indent=1))
-                answers[row].append(known[subtask, row])
-        found = with_task(found, compare_task(name, *answers.values()))
-        write_text(folder / FILE, found.model_dump_json(indent=1))
     if (folder / "metrics.json").exists():
         report(folder)
+    return found
+
+
+def base_and_edited(
+    folder: Path,
+    tasks: Sequence[str],
+    means: Means,
+    edited: Callable[[Backbone], Row],
+    *,
+    model: str,
+    dtype: str,
+    settings: Settings,
+    include: Sequence[Path] = (),
+    force: bool = False,
+) -> Utility:
+    """Ask every task of the base and of the edited row, and write `folder`/utility.json.
+
+    tasks    names that lm-evaluation-harness knows, or task files
+    include  folders with further task files
+    force    ask again, and replace, what was asked otherwise before
+
+    raises RunError for a missing harness, or answers that were asked otherwise; ValueError for a task that cannot be had
+    """
+    found = read_utility(folder / FILE) or Utility(model=model, tasks=[])
+    harness = utility_harness()
+    # Before a model is loaded: a task that is not known, or whose data cannot be had, is known within the first minute.
+    settings = settings.model_copy(update={"harness": harness.HARNESS})
+    loaded = [harness.load_tasks(name, include, settings.fewshot) for name in dict.fromkeys(tasks)]
+    backbone = means.load(model, dtype)
+    base = f"{backbone.fingerprint}/{backbone.dtype}"
+    row = edited(backbone)
+    rows = (Row(BASE, Identity(), base), row._replace(state=f"{base}/{row.state}"))
+    known = known_answers(folder, loaded, rows, settings, harness, force=force)
+    for name, subtasks in loaded:
+        answers: dict[str, list[Answers]] = {row.name: [] for row in rows}
+        for subtask, task in subtasks.items():
+            for row in rows:
+                if (subtask, row.name) not in known:
+                    stage = _named_stage(means, f"{subtask}, {row.name}")
+                    asked = harness.HarnessModel(
+                        backbone, row.intervention, chat=settings.chat, batch_size=settings.batch_size, stage=stage
+                    )
+                    known[subtask, row.name] = harness.ask(subtask, task, asked, settings, row=row.name, asked=row.state)
+                    path = answers_path(folder, subtask, row.name)
+                    write_text(path, known[subtask, row.name].model_dump_json(indent=1))
+                answers[row.name].append(known[subtask, row.name])
+        found = with_task(found, compare_task(name, *answers.values()))
+        write_text(folder / FILE, found.model_dump_json(indent=1))
     return found
 
 
@@ -105,10 +138,9 @@ def utility_harness() -> ModuleType:
 def known_answers(
     folder: Path,
     loaded: Sequence[tuple[str, Mapping[str, Task]]],
-    rows: Mapping[str, Intervention],
+    rows: Sequence[Row],
     settings: Settings,
     harness: ModuleType,
-    backbone: Backbone,
     *,
     force: bool,
 ) -> dict[tuple[str, str], Answers]:
@@ -119,14 +151,14 @@ def known_answers(
     known = {}
     for _, subtasks in loaded:
         for subtask, task in subtasks.items():
-            for row, intervention in rows.items():
-                path = answers_path(folder, subtask, row)
+            for row in rows:
+                path = answers_path(folder, subtask, row.name)
                 if not path.exists():
                     continue
                 wanted = {
                     "task": subtask,
-                    "row": row,
-                    "asked": asked_of(folder, backbone, intervention),
+                    "row": row.name,
+                    "asked": row.state,
                     "source": harness.source_of(task, settings.limit),
                     **settings.model_dump(),
                 }
@@ -141,7 +173,7 @@ def known_answers(
                 held = {**there.settings.model_dump(), **{k: getattr(there, k) for k in ("task", "row", "asked", "source")}}
                 other = [f"{k}: {held[k]} there, {wanted[k]} asked" for k in wanted if held[k] != wanted[k]]
                 if not other:
-                    known[subtask, row] = there
+                    known[subtask, row.name] = there
                 elif not force:
                     raise RunError(
                         f"{path} holds answers that were asked otherwise ({'; '.join(other)}). "
@@ -155,13 +187,9 @@ def row_name(controller: ResidualPaving) -> str:
     return controller.policy.name + ("+veto" if controller.use_veto and controller.policy.vetoable else "")
 
 
-def asked_of(folder: Path, backbone: Backbone, intervention: Intervention) -> str:
-    """Names the state of what is asked, so that another controller's answers are not taken for this one's."""
-    if not isinstance(intervention, ResidualPaving):
-        return f"{backbone.fingerprint}/{backbone.dtype}"
+def controller_state(folder: Path, controller: ResidualPaving) -> str:
     weights = hashlib.sha256((folder / "controller" / "controller.safetensors").read_bytes()).hexdigest()[:16]
-    state = f"{intervention.policy!r}/{intervention.scale}/{intervention.use_veto}/{intervention.mixture!r}"
-    return f"{backbone.fingerprint}/{backbone.dtype}/{weights}/{state}"
+    return f"{weights}/{controller.policy!r}/{controller.scale}/{controller.use_veto}/{controller.mixture!r}"
 
 
 def answers_path(folder: Path, subtask: str, row: str) -> Path:

@@ -7,10 +7,12 @@ means = Means.default()
 find(CircuitConfig(pairs="pairs.jsonl", category="legal_opinion", held_out="test.jsonl"), folder, means)
 edit(folder, means)
 evaluate(folder, means, against=["inverse", "random"])
+utility(folder, ["gsm8k"], means)
 """
 
 from .config import CircuitConfig, StrengthConfig
 from .evaluate import evaluate
 from .stages import edit, find
+from .utility import utility
 
-__all__ = ["CircuitConfig", "StrengthConfig", "edit", "evaluate", "find"]
+__all__ = ["CircuitConfig", "StrengthConfig", "edit", "evaluate", "find", "utility"]

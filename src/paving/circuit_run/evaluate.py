@@ -30,6 +30,7 @@ from paving.evaluation.refusal_policy import (
 )
 from paving.evaluation.statistics import wilson
 from paving.evaluation.three_way import Protocol, RowSpec
+from paving.evaluation.utility import read_utility
 from paving.intervention import Applied, Identity, Intervention
 from paving.report import write_circuit_report
 from paving.run import Means
@@ -128,7 +129,8 @@ def report(folder: Path) -> Path:
     for name in metrics.rows[0].sets:
         answers = folder / "sets" / name
         examples += [replace(e, bucket=name) for e in examples_of(answers, answers / "verdicts", names, per_bucket=3)]
-    return write_circuit_report(metrics, folder / "report.html", examples=examples)
+    measured = read_utility(folder / "utility.json")
+    return write_circuit_report(metrics, folder / "report.html", examples=examples, utility=measured)
 
 
 def card_metrics(row: PolicyRow) -> dict[str, dict]:

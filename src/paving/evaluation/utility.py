@@ -23,7 +23,7 @@ class Settings(Record):
     limit    the first so many questions of each subtask; None: all
     fewshot  examples before each question; None: as the task's own file says
     chat     asked in the model's chat template, which is where a gate is trained to read
-    harness  version of lm-evaluation-harness
+    harness  version of lm-evaluation-harness; "" before anything was asked
     """
 
     limit: int | None
@@ -31,7 +31,7 @@ class Settings(Record):
     chat: bool
     seed: int
     batch_size: int
-    harness: str
+    harness: str = ""
 
 
 class Question(Record):
@@ -46,8 +46,8 @@ class Question(Record):
 class Answers(Record):
     """One subtask under one row: what a file in `utility/` holds.
 
-    row       `base`, or the gate policy
-    asked     digest of the model, and for an edited row of its controller
+    row       `base`, the gate policy, or the weight edit's name
+    asked     digest of the model, and for an edited row of its edit
     source    digest of the questions and of a local task file
     cut       prompts that did not fit the context and lost their beginning, as the harness does it
     unpaired  metrics without a value for each question, such as a corpus BLEU, which cannot be paired
@@ -88,7 +88,9 @@ class Measure(Record):
 class TaskUtility(Record):
     """One task under one gate policy, its subtasks pooled: each question counts once.
 
-    gate_open  of the distinct prompts, those whose gate opened; a question may be asked with several prompts
+    policy     the edited row's name
+    gate_open  of the distinct prompts, those whose gate opened; a question may be asked with several prompts. Edited
+               weights have no gate: all of them
     cut        prompts that lost their beginning, of the edited row
     unpaired   metrics that not every question has
     """

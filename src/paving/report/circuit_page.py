@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from paving.evaluation.refusal_policy import BENIGN, CATEGORY, PolicyMetrics, PolicyRow
 from paving.evaluation.results import Rate
+from paving.evaluation.utility import Utility
 from paving.report import circuit_figures as figures
 from paving.report import circuit_tables as tables
 from paving.report.examples import Example, SideBySide, redact, side_by_side
@@ -16,15 +17,18 @@ from paving.report.tables import missing, percent, shown_model
 from paving.report.templates import fill, write_page
 
 
-def write_circuit_report(metrics: PolicyMetrics, path: Path, *, examples: Sequence[Example] = ()) -> Path:
+def write_circuit_report(
+    metrics: PolicyMetrics, path: Path, *, examples: Sequence[Example] = (), utility: Utility | None = None
+) -> Path:
     """Write the page of a circuit run to `path`, which holds either the old page or the whole new one.
 
-    examples: `bucket` is the name of the set that the prompt stands in
+    examples  `bucket` is the name of the set that the prompt stands in
+    utility   what benchmarks showed; without it the section is left out
     """
-    return write_page(render(metrics, examples=examples), path)
+    return write_page(render(metrics, examples=examples, utility=utility), path)
 
 
-def render(metrics: PolicyMetrics, *, examples: Sequence[Example] = ()) -> str:
+def render(metrics: PolicyMetrics, *, examples: Sequence[Example] = (), utility: Utility | None = None) -> str:
     """The source of the page. HARMFUL texts are gone before the template sees anything."""
     model = shown_model(metrics.model)
     finding, *notes = policy_sentences(metrics)
@@ -47,6 +51,7 @@ def render(metrics: PolicyMetrics, *, examples: Sequence[Example] = ()) -> str:
         strengths=tables.strengths(metrics),
         layers=tables.layers(metrics),
         pairs=tables.pairs(metrics),
+        utility=utility and tables.utility_of_weights(utility),
         limit=limit,
         touched=touched,
         facts={

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from paving.evaluation.refusal_policy import BENIGN, CATEGORY, FrontierPoint, PolicyMetrics, PolicyRow, SetRates
 from paving.evaluation.results import Rate
+from paving.evaluation.utility import Utility
 from paving.report.tables import (
     Cell,
     Table,
@@ -21,6 +22,7 @@ from paving.report.tables import (
     rate_text,
     shown_model,
 )
+from paving.report.tables import utility as utility_of_gates
 
 BASE, EDITED = "base", "c-delta-theta"  # names of rows
 CONTROLS = ("inverse", "random")  # rows of a circuit of the same size that attribution did not choose
@@ -34,6 +36,13 @@ def refusals(metrics: PolicyMetrics) -> Table:
     columns = ("row", "strength", *(f"{set_title(name, side)}{WANTED.get(side, '')}" for name, side in sets.items()))
     rows = tuple((_name(row.name), strength_cell(row), *(rate_cell(refused(row, s)) for s in sets)) for row in metrics.rows)
     return Table(columns, rows)
+
+
+def utility_of_weights(found: Utility) -> Table:
+    """Benchmark scores under base and edit; edited weights have no gate, so its two columns are left out."""
+    whole = utility_of_gates(found)
+    kept = [i for i, column in enumerate(whole.columns) if not column.startswith("gate")]
+    return Table(tuple(whole.columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in whole.rows))
 
 
 def policy_table(metrics: PolicyMetrics) -> RichTable:
