@@ -1,11 +1,12 @@
 """C-ΔΘ on five categories and three seeds, beside its inverse, a random circuit, AS, CAST and WS; resumable.
 
     python benchmarks/circuits.py --data DIR [--categories crime_planning ...] [--seeds 0 1 2] [--only published selective]
+    python benchmarks/circuits.py --data DIR --finished     # tables and picture of what is there
 
 DIR holds CAST's contrast pairs, cast_categories_train.jsonl and cast_categories_test.jsonl, and for other sources
 saladbench.jsonl and harmbench.jsonl. A run is a folder of --out (CATEGORY-seedN-RECIPE); the comparators stand in the
 selective run. A killed command goes on where it was. Rates are pooled over seeds (the held-out prompts are the same, so
-intervals are those of a seed's n) and then averaged over categories, as the paper's means are.
+intervals are those of one seed's n); the mean over categories is the paper's, its interval that of all their prompts.
 """
 
 from __future__ import annotations
@@ -13,20 +14,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
-from paving.circuit_run import CircuitConfig, edit, evaluate, find
+from matplotlib.figure import Figure
+
+from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find
 from paving.circuit_run.config import RECIPES, with_recipe
+from paving.circuit_run.evaluate import EDIT, frontier_points
+from paving.circuit_run.stages import read_strengths
 from paving.evaluation.refusal_policy import FrontierPoint, PolicyMetrics
+from paving.evaluation.results import Rate
 from paving.evaluation.statistics import wilson
 from paving.run import Means
 from paving.run_folder import RunError
 from protocols import say, stage, watch
 
 CATEGORIES = ("crime_planning", "hate_speech", "health_consultation", "legal_opinion", "sexual_content")
+LIMIT = StrengthConfig().limit
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a34f8f", "#a96d00", "#56b4e9", "#5c6570")
 AGAINST = ("inverse", "random", "ws", "as", "cast")
 
 
@@ -41,16 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--against", nargs="*", choices=AGAINST, default=list(AGAINST), help="comparators, fitted as `selective` is"
     )
     parser.add_argument("--held-out", type=int, default=100, help="held-out pairs of a category")
-    parser.add_argument("--ood", type=int, default=60, help="prompts of other sources; 0 for none")
+    parser.add_argument("--others", type=int, default=20, help="prompts of every other category and source")
+    parser.add_argument("--sweep-tokens", type=int, default=24, help="length of the answers that α is chosen by")
+    parser.add_argument("--finished", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     means = Means.default(stage=stage, watch=watch, say=say)
-    for seed in args.seeds:
+    for seed in () if args.finished else args.seeds:
         for category in args.categories:
             for recipe in args.only:
                 measure(args, category, seed, recipe, means)
-    summary = summarise(args.out, args.categories, args.seeds)
+    runs = list(measured(args.out, args.categories, args.seeds))
+    if not runs:
+        sys.exit(f"nothing is measured in {args.out} for {', '.join(args.categories)} and seeds {args.seeds}.")
+    summary = summarise(runs)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    draw_frontier(summary, args.out / "frontier.png")
     print(json.dumps(summary, indent=1) if args.json else markdown(summary))
     return 0
 
@@ -66,7 +81,7 @@ def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, mea
     except RunError as error:  # no α keeps to the limit: the curve stands in strengths.json, and that is the result
         say(str(error))
         return
-    ood = [f"{args.data / name}.jsonl" for name in ("saladbench", "harmbench")] if args.ood else []
+    ood = [f"{args.data / name}.jsonl" for name in ("saladbench", "harmbench")]
     evaluate(folder, means, against=args.against if recipe == "selective" else (), ood=ood)
 
 
@@ -75,50 +90,95 @@ def configuration(args: argparse.Namespace, category: str, seed: int, recipe: st
         "pairs": str(args.data / "cast_categories_train.jsonl"),
         "held_out": str(args.data / "cast_categories_test.jsonl"),
         "held_out_limit": args.held_out,
+        "others_limit": args.others,
         "category": category,
         "seed": seed,
         "attributed": 48,
         "arithmetic": {"seed": seed},
+        "strength": {"max_new_tokens": args.sweep_tokens},
     }
     return CircuitConfig.model_validate(with_recipe(content, recipe))
 
 
-def summarise(out: Path, categories: Sequence[str], seeds: Sequence[int]) -> dict:
-    """Row -> category -> pooled counts, and the mean over categories; frontier: what each row reaches at the limit."""
-    rows: dict[str, dict[str, dict]] = {}
-    for category in categories:
-        for seed in seeds:
-            for recipe in RECIPES:
-                path = out / f"{category}-seed{seed}-{recipe}" / "metrics.json"
-                if not path.exists():
-                    continue
-                metrics = PolicyMetrics.model_validate_json(path.read_text(encoding="utf-8"))
-                for name, counts in counts_of(metrics, recipe).items():
-                    add(rows.setdefault(name, {}).setdefault(category, {}), counts)
-    return {"categories": list(categories), "seeds": list(seeds), "rows": {n: row_summary(r) for n, r in rows.items()}}
+class Run(NamedTuple):
+    """metrics: None where no α kept to the limit, so that there is a curve and no row."""
+
+    category: str
+    seed: int
+    recipe: str
+    metrics: PolicyMetrics | None
+    curves: dict[str, Sequence[FrontierPoint]]
+
+    def named(self, row: str) -> str:
+        return f"{EDIT}, {self.recipe}" if row == EDIT else row
 
 
-def counts_of(metrics: PolicyMetrics, recipe: str) -> dict[str, dict]:
-    found = {}
-    for row in metrics.rows:
-        if row.name == "base" and recipe != "selective":
-            continue
-        name = f"c-delta-theta, {recipe}" if row.name == "c-delta-theta" else row.name
-        sides: dict[str, list[int]] = {}
-        for rates in row.sets.values():
-            k, n = sides.setdefault(rates.side, [0, 0])
-            sides[rates.side] = [k + rates.refused.k, n + rates.refused.n]
-        curve = metrics.frontier.get(row.name)
-        found[name] = {"sides": sides, "runs": 1, "at_limit": [reached(curve, metrics.over_refusal_limit)] if curve else []}
+def measured(out: Path, categories: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
+    for category, seed, recipe in product(categories, seeds, RECIPES):
+        folder = out / f"{category}-seed{seed}-{recipe}"
+        if (folder / "metrics.json").exists():
+            metrics = PolicyMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8"))
+            yield Run(category, seed, recipe, metrics, metrics.frontier)
+        elif (folder / "strengths.json").exists() and not (folder / "delta").exists():
+            _, points = read_strengths(folder / "strengths.json")
+            yield Run(category, seed, recipe, None, {EDIT: frontier_points(points, None)})
+
+
+def summarise(runs: Sequence[Run]) -> dict:
+    """Row -> its seeds, side -> category -> rate, mean over categories, and curve on the calibration splits."""
+    names = dict.fromkeys(["base", *(r.named(name) for r in runs for name in r.curves)])
+    return {name: row_summary(name, runs) for name in names}
+
+
+def row_summary(name: str, runs: Sequence[Run]) -> dict:
+    mine = [(r, row) for r in runs if r.metrics for row in r.metrics.rows if r.named(row.name) == name]
+    curves = [r.curves[n] for r in runs for n in r.curves if r.named(n) == name]
+    sides: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    for run, row in mine:
+        for side in dict.fromkeys(s.side for s in row.sets.values()):
+            refused = [s.refused for s in row.sets.values() if s.side == side]
+            sides.setdefault(side, {}).setdefault(run.category, []).append(
+                (sum(r.k for r in refused), sum(r.n for r in refused))
+            )
+    return {
+        "seeds": sorted({r.seed for r, _ in mine}),
+        "runs": len(curves) or len(mine),
+        "without_strength": len(curves) - len(mine) if curves else 0,
+        "touched": max((r.metrics.touched for r, _ in mine), default=None),
+        "sides": {side: {c: pooled(counts) for c, counts in by.items()} for side, by in sides.items()},
+        "mean": {side: pooled_categories([pooled(counts) for counts in by.values()]) for side, by in sides.items()},
+        "at_limit": fmean(reached(c, LIMIT) for c in curves) if curves else None,
+        "curve": pooled_curve(curves),
+    }
+
+
+def pooled(counts: Sequence[tuple[int, int]]) -> dict:
+    """(k, n) of every run: the rate of all answers, with the interval of one run's prompts: others answer the same again."""
+    k, n = map(sum, zip(*counts, strict=True))
+    prompts = max(n for _, n in counts)
+    return wilson(round(k / n * prompts), prompts).model_dump() | {"rate": k / n, "answers": n}
+
+
+def pooled_categories(each: Sequence[dict]) -> dict:
+    """The mean of the categories' rates, with the interval of all their prompts."""
+    mean, prompts = fmean(e["rate"] for e in each), sum(e["n"] for e in each)
+    return wilson(round(mean * prompts), prompts).model_dump() | {"rate": mean, "categories": len(each)}
+
+
+def pooled_curve(curves: Sequence[Sequence[FrontierPoint]]) -> list[dict]:
+    """Strength by strength, mean refusal of the category and of benign prompts, where every run went so far."""
+    strengths = [p.strength for p in curves[0]] if curves else []
+    found = []
+    for i, strength in enumerate(strengths):
+        points = [c[i] for c in curves if i < len(c)]
+        if len(points) == len(curves):  # AS and CAST have strengths of their own in every run: the i-th of each
+            benign, category = (fmean(r.rate for r in side) for side in zip(*map(both, points), strict=True))
+            found.append({"strength": strength, "benign": benign, "category": category})
     return found
 
 
-def add(total: dict, counts: dict) -> None:
-    total["runs"] = total.get("runs", 0) + counts["runs"]
-    total["at_limit"] = total.get("at_limit", []) + counts["at_limit"]
-    for side, (k, n) in counts["sides"].items():
-        before = total.setdefault("sides", {}).get(side, [0, 0])
-        total["sides"][side] = [before[0] + k, before[1] + n]
+def both(point: FrontierPoint) -> tuple[Rate, Rate]:
+    return point.benign_refused, point.category_refused
 
 
 def reached(curve: Sequence[FrontierPoint], limit: float) -> float:
@@ -131,32 +191,43 @@ def reached(curve: Sequence[FrontierPoint], limit: float) -> float:
     return points[-1][1]
 
 
-def row_summary(by_category: dict[str, dict]) -> dict:
-    categories = {}
-    for category, total in by_category.items():
-        rates = {side: of_one_seed(k, n, total["runs"]) for side, (k, n) in total["sides"].items()}
-        categories[category] = {"runs": total["runs"], **rates, "at_limit": total["at_limit"]}
-    sides = sorted({side for c in by_category.values() for side in c["sides"]})
-    mean = {s: fmean(c["sides"][s][0] / c["sides"][s][1] for c in by_category.values() if s in c["sides"]) for s in sides}
-    at_limit = [v for c in by_category.values() for v in c["at_limit"]]
-    return {"categories": categories, "mean": mean, "at_limit": fmean(at_limit) if at_limit else None}
-
-
-def of_one_seed(k: int, n: int, seeds: int) -> dict:
-    """The pooled rate with the interval of one seed's prompts: seeds answer the same prompts again, which adds none."""
-    return wilson(round(k / seeds), n // seeds).model_dump() | {"rate": k / n, "answers": n}
+def draw_frontier(summary: dict, path: Path) -> None:
+    """The whole frontier, a curve a row: mean refusal of the category against that of benign prompts."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], color="#5c6570", linewidth=1, linestyle=":", label="refuses both alike")
+    axes.axvline(100 * LIMIT, color="#1f2328", linewidth=1, linestyle="--", label=f"limit, {percents(LIMIT)}%")
+    looks = zip(COLOURS, "os^Dv<P", strict=True)
+    for (name, row), (colour, marker) in zip(((n, r) for n, r in summary.items() if r["curve"]), looks, strict=False):
+        x, y = ([100 * p[side] for p in row["curve"]] for side in ("benign", "category"))
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, label=name)
+    axes.set(xlim=(-1, 60), ylim=(-2, 102), xlabel="benign prompts refused, %", ylabel="category refused, %")
+    axes.legend(loc="lower right", fontsize=9)
+    figure.savefig(path, dpi=160)
 
 
 def markdown(summary: dict) -> str:
-    lines = ["| row | category refused, mean % | benign refused, mean % | other | ood | at the limit (calibration) % |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for name, row in summary["rows"].items():
-        cells = [shown(row["mean"].get(side)) for side in ("category", "benign", "other", "ood")]
-        lines.append(f"| {name} | {' | '.join(cells)} | {shown(row['at_limit'])} |")
+    sides = ("category", "benign", "other", "ood")
+    lines = ["| row | seeds | category refused % | benign refused % | others % | ood % | at the limit (calibration) % |"]
+    lines.append("| --- |" + " --- |" * 6)
+    for name, row in summary.items():
+        cells = [shown(row["mean"].get(side)) for side in sides]
+        seeds = ", ".join(map(str, row["seeds"])) or "n/a"
+        absent = f" ({row['without_strength']} of {row['runs']} runs without α)" if row["without_strength"] else ""
+        lines.append(f"| {name}{absent} | {seeds} | {' | '.join(cells)} | {percents(row['at_limit'])} |")
+    categories = list(dict.fromkeys(c for row in summary.values() for c in row["sides"].get("category", {})))
+    lines += ["", f"| category / benign refused % | {' | '.join(categories)} |", "| --- |" + " --- |" * len(categories)]
+    for name, row in summary.items():
+        cells = [" / ".join(shown(row["sides"].get(side, {}).get(c)) for side in sides[:2]) for c in categories]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def shown(rate: float | None) -> str:
+def shown(rate: dict | None) -> str:
+    return "n/a" if rate is None else f"{percents(rate['rate'])} [{percents(rate['low'])}, {percents(rate['high'])}]"
+
+
+def percents(rate: float | None) -> str:
     return "n/a" if rate is None else f"{100 * rate:.1f}"
 
 

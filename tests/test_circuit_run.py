@@ -175,6 +175,25 @@ def test_nearly_the_same_wording_is_not_held_out_but_a_contrast_is(files, tmp_pa
     assert {s.name: len(s.prompts) for s in sets} == {"harm": 3, "benign": 4, "other": 4} and left_out == 1
 
 
+def test_other_categories_and_sources_have_a_limit_of_their_own(files, tmp_path):
+    source = tmp_path / "elsewhere.jsonl"
+    source.write_text("".join(json.dumps({"id": f"s{i}", "text": f"w{i} w9 w{i + 3}"}) + "\n" for i in range(6)))
+    sizes = {}
+    for others in (None, 2):
+        sets, _ = held_out_sets(tiny_circuit(files, held_out_limit=3, others_limit=others), {"elsewhere": str(source)})
+        sizes[others] = [len(s.prompts) for s in sets]
+    assert sizes == {None: [3, 3, 3, 3], 2: [3, 3, 2, 2]}
+
+
+def test_no_strength_is_tried_beyond_enough(files, tmp_path, means):
+    strength = StrengthConfig(alphas=(0.5, 1.0, 50.0, 100.0), limit=1.0, max_new_tokens=3, enough=0.0)
+    find(tiny_circuit(files, strength=strength), tmp_path / "run", means)
+    edit(tmp_path / "run", means, alpha=0.5, judge=WordJudge())
+    points = json.loads((tmp_path / "run" / "strengths.json").read_text())["points"]
+    assert [p["benign_refused"] for p in points[:-1]] == [0] * (len(points) - 1)
+    assert points[-1]["benign_refused"] > 0 and len(points) < 5  # a huge Δθ breaks the tiny model into refusing
+
+
 def without_paths(files) -> dict:
     return {"model": str(files / "base"), "openings": str(files / "openings.json")}
 

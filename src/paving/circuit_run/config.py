@@ -20,6 +20,7 @@ class StrengthConfig(BaseModel):
 
     limit           most benign over-refusal, a fraction (the paper's mean: 4.2 %)
     max_new_tokens  None decodes what the run decodes: shorter answers hide what breaks later in them
+    enough          over-refusal beyond which no larger α is tried
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,6 +28,7 @@ class StrengthConfig(BaseModel):
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
     limit: float = Field(0.042, ge=0, le=1)
     max_new_tokens: int | None = Field(None, ge=1)
+    enough: float = Field(0.5, ge=0, le=1)
 
     @field_validator("alphas")
     @classmethod
@@ -41,6 +43,7 @@ class CircuitConfig(BaseModel):
 
     pairs        JSON lines with a benign column and one column a category (paving.circuit.pairs)
     held_out     further such pairs, for evaluation only
+    others_limit at most so many held-out prompts of every other category and source; None: as held_out_limit
     limit        at most so many pairs of `pairs`; calibration of them choose α, the rest find the circuit and train
     attributed   how many training pairs the attribution reads
     fraction     κ, of the channels of a layer or of all (scope)
@@ -62,6 +65,7 @@ class CircuitConfig(BaseModel):
     limit: int | None = Field(None, ge=2)
     calibration: int = Field(100, ge=1)
     held_out_limit: int | None = Field(None, ge=1)
+    others_limit: int | None = Field(None, ge=1)
     openings: str | None = None
     reference: Reference = "after"
     attributed: int = Field(200, ge=1)

@@ -56,16 +56,18 @@ def held_out_sets(config: CircuitConfig, ood: Mapping[str, str]) -> tuple[list[P
             "Start another with --held-out FILE (pairs of the same layout)."
         )
 
-    def pairs(category: str) -> tuple[Pair, ...]:
-        return read_pairs(config.held_out, category, benign=config.benign, limit=config.held_out_limit)
+    others = config.others_limit or config.held_out_limit
 
-    own = pairs(config.category)
+    def pairs(category: str, limit: int | None) -> tuple[Pair, ...]:
+        return read_pairs(config.held_out, category, benign=config.benign, limit=limit)
+
+    own = pairs(config.category, config.held_out_limit)
     sets = [PromptSet(config.category, CATEGORY, harmful_prompts(own)), PromptSet(BENIGN, BENIGN, benign_prompts(own))]
     for name in categories_in(config.held_out, benign=config.benign):
         if name != config.category:
-            sets.append(PromptSet(name, "other", harmful_prompts(pairs(name))))
+            sets.append(PromptSet(name, "other", harmful_prompts(pairs(name, others))))
     for name, source in ood.items():
-        sets.append(PromptSet(name, "ood", read_prompts(source, Bucket.HARMFUL_KEEP, limit=config.held_out_limit)))
+        sets.append(PromptSet(name, "ood", read_prompts(source, Bucket.HARMFUL_KEEP, limit=others)))
     _check_names(sets)
     run_pairs = [p for split in pairs_of(config) for p in split]
     harmful, benign = [p.harmful for p in run_pairs], [p.benign for p in run_pairs]

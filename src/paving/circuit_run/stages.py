@@ -223,7 +223,8 @@ def strengths_of(
     shorter = config.strength.max_new_tokens
     decoding = config.decoding if shorter is None else Decoding(max_new_tokens=shorter)
     harmful, benign = harmful_prompts(calibration), benign_prompts(calibration)
-    return sweep(backbone, harmful, benign, at, strengths, labels, decoding, stage=means.stage)
+    enough = config.strength.enough
+    return sweep(backbone, harmful, benign, at, strengths, labels, decoding, enough=enough, stage=means.stage)
 
 
 def calibration_point(chosen: StrengthPoint | None) -> dict[str, object]:

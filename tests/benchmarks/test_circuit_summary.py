@@ -1,0 +1,56 @@
+"""What the circuit benchmark makes of its runs: pooled rates, intervals, curves, and what has no figures."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+
+def circuit_run(circuits, category, seed, refused, curve, *, n=20):
+    """A run with the rows base and c-delta-theta; refused: (category, benign) counts of the latter, of n each."""
+    sets = {category: "category", "benign": "benign", "other one": "other", "other two": "other"}
+
+    def row(name, counts):
+        rates = {s: circuits.wilson(k, n) for s, k in zip(sets, (*(counts or (0, 0)), 1, 3), strict=True)}
+        kept = {s: SimpleNamespace(side=side, refused=rates[s]) for s, side in sets.items()}
+        return SimpleNamespace(name=name, sets=kept)
+
+    points = [
+        SimpleNamespace(
+            strength=i / 2, benign_refused=circuits.wilson(b, 100), category_refused=circuits.wilson(c, 100)
+        )
+        for i, (b, c) in enumerate(curve)
+    ]  # fmt: skip
+    metrics = SimpleNamespace(rows=[row("base", (0, 0)), row(circuits.EDIT, refused)], touched=0.03)
+    return circuits.Run(category, seed, "selective", refused and metrics, {circuits.EDIT: points})
+
+
+def test_a_circuit_summary_pools_seeds_and_keeps_one_seeds_interval(script):
+    circuits = script("circuits")
+    curve = [(0, 10), (2, 40), (6, 80)]
+    runs = [circuit_run(circuits, c, seed, (k, 1), curve) for c, k in (("a", 10), ("b", 14)) for seed in (0, 1, 2)]
+    row = circuits.summarise(runs)["c-delta-theta, selective"]
+    one = row["sides"]["category"]["a"]
+    assert (one["rate"], one["n"], one["answers"]) == (0.5, 20, 60)
+    assert one["low"] == circuits.wilson(10, 20).low  # not that of 60 prompts
+    assert row["mean"]["category"]["rate"] == pytest.approx(0.6) and row["mean"]["category"]["n"] == 40
+    assert row["sides"]["other"]["a"]["n"] == 40 and row["sides"]["other"]["a"]["rate"] == 0.1
+    assert row["at_limit"] == pytest.approx(0.4 + 0.4 * (circuits.LIMIT - 0.02) / 0.04)
+    assert row["curve"][1] == pytest.approx({"strength": 0.5, "benign": 0.02, "category": 0.4})
+
+
+def test_a_circuit_run_without_a_strength_has_a_curve_and_no_row(script, tmp_path):
+    circuits = script("circuits")
+    runs = [
+        circuit_run(circuits, "a", 0, (10, 1), [(0, 0), (2, 30)]),
+        circuit_run(circuits, "b", 0, None, [(0, 0), (50, 50)]),
+    ]
+    summary = circuits.summarise(runs)
+    row = summary["c-delta-theta, selective"]
+    assert row["runs"] == 2 and row["without_strength"] == 1 and list(row["sides"]["category"]) == ["a"]
+    assert row["curve"][1]["category"] == pytest.approx(0.4)
+    text = circuits.markdown(summary)
+    assert "c-delta-theta, selective (1 of 2 runs without α) | 0 | 50.0 [" in text and "| base | 0 | 0.0 [" in text
+    circuits.draw_frontier(summary, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
