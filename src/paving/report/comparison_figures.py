@@ -18,7 +18,8 @@ METHOD_COLOURS = (
 )  # fmt: skip
 MARKERS = {"global": "o", "probe": "s", "probe+veto": "^", "oracle": "D", "own": "v"}
 OWN_MARKERS = {"learned": "s", "learned+veto": "^", "oracle": "D"}  # as the variant that each can be compared with
-ORACLE = "oracle"
+OWN_SIZES = {"learned": 13, "learned+veto": 8, "oracle": 11}  # the veto often changes nothing: its mark then stands inside
+HOLLOW = {"learned", "oracle"}
 
 
 def trade_off(found: Comparison) -> str:
@@ -71,8 +72,8 @@ def _draw_mark(ax: Axes, r: ComparedRow, colours: dict[str, str]) -> None:
     low, high = r.edit_success.low, r.edit_success.high
     if low is not None and high is not None:
         ax.errorbar(x, y, yerr=[[max(0.0, y - 100 * low)], [max(0.0, 100 * high - y)]], **bars)
-    face = "none" if r.variant == ORACLE else colour
-    size = 11 if own else 6.5
+    face = "none" if r.variant in HOLLOW else colour
+    size = OWN_SIZES.get(r.variant, 11) if own else 6.5
     ax.plot(x, y, marker, color=colour, mfc=face, mec=colour, ms=size, mew=2 if own else 1.5, clip_on=False, zorder=5 + own)
 
 
@@ -89,7 +90,7 @@ def _draw_legends(figure: Figure, marks: list[ComparedRow], colours: dict[str, s
     if any(r.method == BASE for r in marks):
         entries.append((Line2D([], [], color=INK, linestyle="none", marker="x", mew=1.8), "base"))
     own = {r.variant for r in marks if r.method == OWN}
-    entries += [_shape(OWN_MARKERS[v], v, f"Residual Paving, {v}", INK, 10) for v in OWN_MARKERS if v in own]
+    entries += [_shape(OWN_MARKERS[v], v, f"Residual Paving, {v}", INK, OWN_SIZES[v] - 1) for v in OWN_MARKERS if v in own]
     variants = {r.variant for r in marks if r.method not in (BASE, OWN)}
     entries += [_shape(MARKERS[v], v, f"shape: {v}", MUTED, 7) for v in MARKERS if v in variants]
     handles, names = zip(*entries, strict=True)
@@ -97,5 +98,5 @@ def _draw_legends(figure: Figure, marks: list[ComparedRow], colours: dict[str, s
 
 
 def _shape(marker: str, variant: str, name: str, colour: str, size: float) -> tuple[Line2D, str]:
-    face = "none" if variant == ORACLE else colour
+    face = "none" if variant in HOLLOW else colour
     return Line2D([], [], color=colour, marker=marker, mfc=face, ms=size, mew=1.8, linestyle="none"), name
