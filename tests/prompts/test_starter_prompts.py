@@ -5,6 +5,7 @@ import pytest
 from paving.prompts import (
     Bucket,
     SplitSizes,
+    contrast_prompts,
     count_by_bucket,
     find_leakage,
     organism_prompts,
@@ -49,3 +50,32 @@ def test_the_organism_has_not_seen_the_starter_set(prompts):
     everything = starter + organism
     pairs = near_pairs([normalised(p.text) for p in everything])
     assert [(everything[i].id, everything[j].id) for i, j in pairs if i < len(starter) <= j] == []
+
+
+def test_contrasts_are_pairs_on_focus_words_of_their_own(prompts):
+    contrasts = contrast_prompts()
+    safe, unsafe = ({p.group: p for p in contrasts if p.bucket == b} for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP))
+    assert safe.keys() == unsafe.keys() and len(safe) == 240 and len(contrasts) == 480
+    assert not safe.keys() & {p.group for p in prompts}
+    assert len(safe) + len({p.group for p in prompts if p.bucket == Bucket.EDIT}) >= 300
+    assert len({p.id for p in (*prompts, *contrasts)}) == len(prompts) + 480
+
+
+def test_contrasts_are_not_told_apart_by_their_form():
+    contrasts = contrast_prompts()
+    pairs = list(zip(contrasts[:240], contrasts[240:], strict=True))
+    assert [s.group for s, u in pairs if s.text.split()[0] != u.text.split()[0] or s.text[-1] != u.text[-1]] == []
+    longer = sum((s > u) + 0.5 * (s == u) for s, _ in lengths(pairs) for _, u in lengths(pairs))
+    assert 0.45 < longer / 240**2 < 0.55  # the AUC of length alone
+
+
+def lengths(pairs):
+    return [(len(s.text), len(u.text)) for s, u in pairs]
+
+
+def test_no_contrast_is_nearly_a_starter_prompt_or_another_contrast(prompts):
+    everything = [*prompts, *contrast_prompts(), *organism_prompts()[0], *organism_prompts()[1]]
+    pairs = near_pairs([normalised(p.text) for p in everything])
+    assert [
+        (everything[i].id, everything[j].id) for i, j in pairs if "contrast" in everything[i].id + everything[j].id
+    ] == []

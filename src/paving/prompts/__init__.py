@@ -23,7 +23,7 @@ from .leakage import (
 from .readers import read_prompts
 from .sources import KNOWN_DATASETS, Columns
 from .splits import BucketSizes, SplitSizes, restrict, split_prompts
-from .starter_set import organism_prompts, starter_prompts
+from .starter_set import contrast_prompts, organism_prompts, starter_prompts
 from .types import Bucket, Prompt, PromptError, SplitName, Splits, count_by_bucket
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "SplitName",
     "SplitSizes",
     "Splits",
+    "contrast_prompts",
     "count_by_bucket",
     "drop_exact_duplicates",
     "find_leakage",
