@@ -99,6 +99,9 @@ def train(
         str | None, typer.Option(help="Who says what a refusal is. Default: rules (docs/model-judges.md).")
     ] = None,
     config_file: Annotated[Path | None, typer.Option("--config", help="JSON RunConfig; options above go first.")] = None,
+    promise: Annotated[
+        float | None, typer.Option(help="Highest share of harmful keeps that may open the gate, as 0.05 (docs/promise.md).")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split and training.")] = None,
     allow_leakage: Annotated[bool, typer.Option(help="Go on although prompts leak between splits.")] = False,
     dtype: Dtype = "auto",
@@ -114,7 +117,7 @@ def train(
         config_file,
         model=model, edit=edit, benign=benign, harmful=harmful, targets=targets, targets_from=targets_from,
         route_layers=route_layers, edit_layers=edit_layers, pooling=pooling, experts=experts, seed=seed,
-        allow_leakage=allow_leakage, dtype=dtype, judge=judge,
+        allow_leakage=allow_leakage, dtype=dtype, judge=judge, promise=promise,
     )  # fmt: skip
     with progress() as (stage, watch, say):
         means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
@@ -301,6 +304,10 @@ def run_config(file: Path | None, **options):
         controller["centres"], controller["widths"] = windows(options["experts"])
     if options["seed"] is not None:
         config["split_seed"] = config["training"]["seed"] = options["seed"]
+    if options["promise"] is not None:
+        calibration = config["calibration"]
+        calibration["promise"] = {**(calibration["promise"] or {}), "harmful": options["promise"]}
+        calibration["policies"] = [p for p in calibration["policies"] if p != "soft"]  # it is never quite closed
     config["allow_leakage"] = options["allow_leakage"] or config["allow_leakage"]
     config["judge"] = options["judge"] or config["judge"]
     if options["dtype"] != "auto":

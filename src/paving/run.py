@@ -39,6 +39,7 @@ from paving.run_rows import row_specs
 from paving.traces.store import TraceStore
 from paving.training.calibrate import calibrate
 from paving.training.prepare import check_reference, filter_base_refused, prepare
+from paving.training.promise import check_promises
 from paving.training.stages import Watch, fit
 from paving.training.verdicts import LabelsOf
 
@@ -94,6 +95,8 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     prepared = prepare(backbone, store, splits, training, labels_of(judge), reference=reference, stage=means.stage)
     splits = prepared.splits
     record_splits(splits, folder)
+    if config.calibration.promise is not None:  # before hours of training, not after
+        check_promises(splits.of(SplitName.CALIBRATION), config.calibration.promise)
     del reference
     controller = fresh_controller(backbone, config.controller, training.seed, training.mixture)
     history = fit(backbone, controller, prepared.traces, prepared.rows, training, folder / "training", means.watch)
@@ -113,12 +116,14 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
         folder / "calibration.json",
         {
             "threshold": calibrated.threshold,
+            "promises": [asdict(p) | {"sentence": p.sentence()} for p in calibrated.promises],
             "chosen": asdict(calibrated.chosen),
             "points": [asdict(p) | {"score": p.score(config.calibration.harmful_cost)} for p in calibrated.points],
             "history": [asdict(h) for h in history],
         },
     )
     description = {"buckets": bucket_counts(splits), "targets": training.targets, "seed": training.seed}
+    description["promises"] = [p.sentence() for p in calibrated.promises]
     save_controller(calibrated.controller, folder / "controller", {"trained_on": description})
     return calibrated.controller
 
@@ -168,6 +173,7 @@ def evaluate(
         oracle_gaps=oracle_gaps(rows, deployed),
         oracle_gap_intervals=gap_intervals(measured, held_out, deployed),
         power=power_sentences(held_out),
+        promises=[p["sentence"] for p in calibration.get("promises", ())],  # runs of before have none
         thresholds=threshold_curve(logits),
         scales=scale_points(calibration),
         router=router_diagnostics(

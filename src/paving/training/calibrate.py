@@ -24,6 +24,7 @@ from paving.traces.store import TraceStore
 from paving.traces.targets import EditTarget
 from paving.training.config import CalibrationConfig, TrainingConfig
 from paving.training.prepare import Stage, boundary_matrix, silent
+from paving.training.promise import Promise, check_promises, promises, strictest
 from paving.training.verdicts import BROKEN, HARMFUL, REFUSAL, LabelsOf
 
 
@@ -72,6 +73,7 @@ class Calibrated:
     threshold: float
     points: tuple[OperatingPoint, ...]
     chosen: OperatingPoint
+    promises: tuple[Promise, ...] = ()
 
 
 def _rate_error(k: int, n: int) -> float:
@@ -98,12 +100,19 @@ def calibrate(
 
     The scale is chosen with the edit prompts routed by their labels: it is a property of the editor, and a gate that
     misses half of them would hide it. Keeps are measured under the learned gate throughout.
+
+    raises PromiseError where config.promise asks for more than the calibration prompts can show
     """
     prompts = splits.of(SplitName.CALIBRATION)
     with torch.no_grad():
         z = boundary_matrix(backbone, prompts, controller.config)
         logits, _ = controller.weights.router(z)
     threshold = choose_threshold(logits, [p.bucket for p in prompts], harmful_cost=config.harmful_cost)
+    promised: tuple[Promise, ...] = ()
+    if config.promise is not None:
+        check_promises(prompts, config.promise)
+        promised = promises(logits.tolist(), prompts, config.promise)
+        threshold = max(threshold, strictest(promised))  # a higher one opens less, and keeps the promise, too
     use_veto = config.use_veto and bool(controller.weights.veto.fitted)
     controller = replace(controller, policy=ThresholdedSoft(threshold), use_veto=use_veto, name="calibrating")
     trial = _Trial(backbone, splits, targets, store, training, config, labels_of, decoding)
@@ -127,7 +136,7 @@ def calibrate(
     deployed = controller.with_scale(chosen.scale).with_policy(
         gate_policy(chosen.policy, threshold), name="learned+veto" if use_veto else "learned"
     )
-    return Calibrated(deployed, threshold, tuple(points), chosen)
+    return Calibrated(deployed, threshold, tuple(points), chosen, promised)
 
 
 def choose_threshold(logits: Tensor, buckets: Sequence[Bucket], *, harmful_cost: float) -> float:

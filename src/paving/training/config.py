@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from paving.controller.gates import mixture_policy
+from paving.training.promise import PromiseConfig
 
 
 class Frozen(BaseModel):
@@ -64,3 +65,14 @@ class CalibrationConfig(Frozen):
     max_edit_prompts: int = Field(48, ge=1)
     harmful_cost: float = Field(1.5, gt=0)  # weight of a false activation on a harmful keep against a missed edit
     use_veto: bool = True
+    promise: PromiseConfig | None = None  # raises the threshold until it holds; a gate that never closes can promise nothing
+
+    @model_validator(mode="after")
+    def _promised_gates_close(self) -> Self:
+        never = [name for name in self.policies if name in ("soft", "open")]
+        if self.promise is not None and never:
+            raise ValueError(
+                f"a promise needs a gate that closes below its threshold; leave {', '.join(never)} out of the policies, "
+                "as in policies=('thresholded', 'hard')."
+            )
+        return self

@@ -1,0 +1,180 @@
+"""A promise with the gate: how often it opens on prompts that it should leave alone, at most, and how sure that is.
+
+For n prompts drawn like those to come, the k + 1 highest of their scores cut off a share R of all such prompts that follows
+Beta(k + 1, n − k), so that P(R > α) = P(Bin(n, α) ≤ k). Choosing the largest k with P(Bin(n, α) ≤ k) ≤ δ is Learn-then-Test
+with one chain of thresholds from high to low (Angelopoulos et al., arXiv 2110.01052); for a threshold fixed beforehand the
+same statement is Clopper and Pearson's upper limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from scipy.stats import beta, binom
+
+from paving.prompts.types import Bucket, Prompt
+
+
+class PromiseError(ValueError):
+    """A promise that cannot be made."""
+
+
+class PromiseConfig(BaseModel):
+    """What is promised of the gate. Each promise has confidence 1 − delta of its own.
+
+    harmful  at most this share of harmful keeps open the gate; None: nothing is promised of them
+    benign   the same for benign keeps
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    harmful: float | None = Field(0.05, gt=0, lt=1)
+    benign: float | None = Field(None, gt=0, lt=1)
+    delta: float = Field(0.1, gt=0, lt=1)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """P(the gate opens | a prompt of `bucket`) ≤ alpha, with confidence 1 − delta over the draw of the calibration prompts.
+
+    n          independent units of calibration: groups where prompts come in groups, else prompts
+    prompts    how many prompts those are
+    allowed    how many units may open the gate at the threshold; -1: n is too small for any promise
+    threshold  the gate opens strictly above it; None without a promise
+    opened     how many of the units do
+    """
+
+    bucket: str
+    alpha: float
+    delta: float
+    n: int
+    prompts: int
+    allowed: int
+    threshold: float | None
+    opened: int | None
+
+    @property
+    def missing(self) -> int:
+        """Further units that a promise would need, all of them with the gate closed; 0 where there is one."""
+        return max(0, units_needed(self.alpha, self.delta) - self.n)
+
+    def sentence(self) -> str:
+        units = f"{self.n} prompts" if self.n == self.prompts else f"{self.n} groups ({self.prompts} prompts)"
+        goal = f"at most {self.alpha:.1%} of {self.bucket} prompts open the gate, with confidence {1 - self.delta:.0%}"
+        if self.threshold is None:
+            kind = "prompts" if self.n == self.prompts else "groups"
+            return f"No promise that {goal}: {units} of calibration are too few, {self.missing} more {kind} are needed."
+        return (
+            f"{goal[0].upper()}{goal[1:]}, on prompts drawn like the {units} of calibration, {self.opened} of which do "
+            f"({self.allowed} may)."
+        )
+
+
+def check_promises(prompts: Sequence[Prompt], config: PromiseConfig) -> None:
+    """raises PromiseError where a bucket has too few calibration prompts, saying how many are missing"""
+    for found in promises([0.0] * len(prompts), prompts, config):
+        if found.threshold is None:
+            raise PromiseError(f"{found.sentence()} Add calibration prompts, or ask for a larger alpha or delta.")
+
+
+def promises(scores: Sequence[float], prompts: Sequence[Prompt], config: PromiseConfig) -> tuple[Promise, ...]:
+    """One for each kind of keep. scores: gate logits of the calibration prompts"""
+    found = []
+    for bucket, alpha in ((Bucket.HARMFUL_KEEP, config.harmful), (Bucket.BENIGN_KEEP, config.benign)):
+        mine = [i for i, p in enumerate(prompts) if p.bucket is bucket]
+        if alpha is not None:
+            mine_scores, groups = [scores[i] for i in mine], [prompts[i].group for i in mine]
+            found.append(promise(mine_scores, bucket=bucket.value, alpha=alpha, delta=config.delta, groups=groups))
+    return tuple(found)
+
+
+def promise(
+    scores: Sequence[float], *, bucket: str, alpha: float, delta: float, groups: Sequence[str] | None = None
+) -> Promise:
+    """The lowest threshold at which the promise holds.
+
+    scores  of calibration prompts of `bucket`; the gate opens on high ones
+    groups  of the same prompts. Prompts of one group are no independent draws: a group counts once, by its highest score,
+            and what is promised of groups then holds for their prompts, too
+
+    raises ValueError for alpha or delta outside (0, 1), scores that are not finite, or groups that do not match
+    """
+    check_levels(alpha, delta)
+    units = unit_scores(scores, groups)
+    k = allowed_openings(len(units), alpha, delta)
+    threshold = None if k < 0 else (float(np.sort(units)[-1 - k]) if k < len(units) else -math.inf)
+    opened = None if threshold is None else int((units > threshold).sum())
+    return Promise(bucket, alpha, delta, len(units), len(scores), k, threshold, opened)
+
+
+def allowed_openings(n: int, alpha: float, delta: float) -> int:
+    """The largest k with P(Bin(n, alpha) ≤ k) ≤ delta; -1 where not even k = 0 keeps to it."""
+    found = int(binom.ppf(delta, n, alpha)) if n else 0
+    # ppf is the smallest k that reaches delta, so what is wanted is it or the one below.
+    while found >= 0 and binom.cdf(found, n, alpha) > delta:
+        found -= 1
+    return found
+
+
+def units_needed(alpha: float, delta: float, opened: int = 0) -> int:
+    """The smallest n of which `opened` may open the gate: ln δ / ln(1 − α), rounded up, for none."""
+    check_levels(alpha, delta)
+    low, high = 0, max(1, opened + 1)
+    while binom.cdf(opened, high, alpha) > delta:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if binom.cdf(opened, middle, alpha) > delta else (low, middle)
+    return high
+
+
+def upper_limit(opened: int, n: int, delta: float) -> float:
+    """Clopper and Pearson's one-sided upper limit on the rate, at confidence 1 − delta: for a threshold fixed beforehand.
+
+    raises ValueError where opened is not within 0..n
+    """
+    if not 0 <= opened <= n:
+        raise ValueError(f"{opened} of {n} prompts cannot have opened the gate.")
+    return 1.0 if opened == n else float(beta.ppf(1 - delta, opened + 1, n - opened))
+
+
+def p_values(scores: Sequence[float], keeps: Sequence[float]) -> np.ndarray:
+    """Conformal p-value of each score against keeps, (n,): how usual it would be for a keep. Small: unlike a keep.
+
+    (1 + number of keeps with a score as high or higher) / (1 + number of keeps); for a keep drawn like them,
+    P(p ≤ t) ≤ t for every t.
+    """
+    ordered = np.sort(np.asarray(keeps, dtype=np.float64))
+    higher = len(ordered) - np.searchsorted(ordered, np.asarray(scores, dtype=np.float64), side="left")
+    return (1 + higher) / (1 + len(ordered))
+
+
+def unit_scores(scores: Sequence[float], groups: Sequence[str] | None) -> np.ndarray:
+    """The scores, or the highest of each group in the order in which groups are met."""
+    values = np.asarray(scores, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are not finite.")
+    if groups is None:
+        return values
+    if len(groups) != len(values):
+        raise ValueError(f"{len(values)} scores and {len(groups)} groups: every prompt has one of each.")
+    highest: dict[str, float] = {}
+    for group, value in zip(groups, values.tolist(), strict=True):
+        highest[group] = max(value, highest.get(group, -math.inf))
+    return np.array(list(highest.values()), dtype=np.float64)
+
+
+def check_levels(alpha: float, delta: float) -> None:
+    for name, value in (("alpha", alpha), ("delta", delta)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, both excluded; got {value}.")
+
+
+def strictest(promises: Sequence[Promise]) -> float | None:
+    """The threshold that keeps every promise; None if one of them cannot be made."""
+    thresholds = [p.threshold for p in promises]
+    return None if not thresholds or None in thresholds else max(thresholds)

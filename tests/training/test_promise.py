@@ -1,0 +1,120 @@
+"""The promise: its arithmetic against brute force, its coverage by simulation, and what it says when it cannot be made."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from paving.training.promise import (
+    allowed_openings,
+    p_values,
+    promise,
+    strictest,
+    unit_scores,
+    units_needed,
+    upper_limit,
+)
+
+levels = st.floats(0.005, 0.5)
+
+
+@given(st.integers(0, 400), levels, levels)
+def test_the_allowed_openings_are_the_largest_that_keep_to_delta(n, alpha, delta):
+    fitting = [k for k in range(n + 1) if binom.cdf(k, n, alpha) <= delta]
+    assert allowed_openings(n, alpha, delta) == max(fitting, default=-1)
+
+
+@given(levels, levels, st.integers(0, 5))
+def test_as_many_units_are_needed_as_allow_it_and_no_fewer(alpha, delta, opened):
+    n = units_needed(alpha, delta, opened)
+    assert allowed_openings(n, alpha, delta) >= opened > allowed_openings(n - 1, alpha, delta)
+    if opened == 0:
+        assert n == math.ceil(round(math.log(delta) / math.log(1 - alpha), 9))
+
+
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=200), levels, levels)
+def test_at_the_threshold_no_more_open_than_may_and_below_it_more_would(scores, alpha, delta):
+    found = promise(scores, bucket="harmful_keep", alpha=alpha, delta=delta)
+    if found.threshold is None:
+        assert found.allowed == -1 and found.missing == units_needed(alpha, delta) - len(scores) > 0
+        return
+    assert found.opened == sum(s > found.threshold for s in scores) <= found.allowed and found.missing == 0
+    assert sum(s >= found.threshold for s in scores) > found.allowed  # any lower, and one too many would open
+
+
+@pytest.mark.parametrize("n, alpha, delta", [(120, 0.05, 0.1), (300, 0.02, 0.05)])
+def test_the_share_of_draws_on_which_the_promise_fails_is_at_most_delta(n, alpha, delta):
+    rng = np.random.default_rng(0)
+    failed = 0
+    draws = 3000
+    for _ in range(draws):
+        found = promise(rng.random(n), bucket="harmful_keep", alpha=alpha, delta=delta)
+        failed += 1 - found.threshold > alpha  # uniform scores: the rate above a threshold is known
+    exact = binom.cdf(allowed_openings(n, alpha, delta), n, alpha)
+    assert exact <= delta
+    assert failed / draws == pytest.approx(exact, abs=4 * math.sqrt(delta * (1 - delta) / draws))
+
+
+def test_a_group_counts_once_by_its_highest_score():
+    scores, groups = [0.1, 0.9, 0.4, 0.3, 0.8], ["a", "a", "b", "c", "c"]
+    assert unit_scores(scores, groups).tolist() == [0.9, 0.4, 0.8]
+    found = promise(scores, bucket="harmful_keep", alpha=0.5, delta=0.5, groups=groups)
+    assert (found.n, found.prompts, found.allowed) == (3, 5, 1) and found.threshold == 0.8 and found.opened == 1
+    assert "3 groups (5 prompts)" in found.sentence()
+
+
+def test_the_sentence_says_what_is_promised_or_what_is_missing():
+    made = promise(range(300), bucket="harmful_keep", alpha=0.02, delta=0.05)
+    assert made.sentence() == (
+        "At most 2.0% of harmful_keep prompts open the gate, with confidence 95%, on prompts drawn like the 300 prompts of "
+        f"calibration, {made.opened} of which do ({made.allowed} may)."
+    )
+    short = promise(range(100), bucket="harmful_keep", alpha=0.02, delta=0.05)
+    assert short.missing == 49 and "No promise" in short.sentence() and "49 more prompts are needed" in short.sentence()
+    assert strictest([made, short]) is None and strictest([made]) == made.threshold and strictest([]) is None
+
+
+def test_ties_never_open_too_many():
+    found = promise([1.0] * 50 + [0.0] * 50, bucket="harmful_keep", alpha=0.1, delta=0.1)
+    assert found.threshold == 1.0 and found.opened == 0
+
+
+def test_an_upper_limit_is_clopper_and_pearsons():
+    from statsmodels.stats.proportion import proportion_confint
+
+    for opened, n in ((0, 60), (3, 100), (99, 100)):
+        assert upper_limit(opened, n, 0.05) == pytest.approx(proportion_confint(opened, n, alpha=0.1, method="beta")[1])
+    assert upper_limit(7, 7, 0.05) == 1.0
+    with pytest.raises(ValueError, match="8 of 7"):
+        upper_limit(8, 7, 0.05)
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.lists(st.integers(-6, 6), min_size=1, max_size=10))
+def test_p_values_count_keeps_as_high_or_higher(keeps, scores):
+    expected = [(1 + sum(k >= s for k in keeps)) / (1 + len(keeps)) for s in scores]
+    assert p_values(scores, keeps).tolist() == pytest.approx(expected)
+
+
+def test_p_values_of_keeps_are_no_smaller_than_uniform():
+    rng = np.random.default_rng(1)
+    found = np.array([p_values(rng.normal(size=1), rng.normal(size=50))[0] for _ in range(4000)])
+    for t in (0.02, 0.1, 0.5):
+        assert (found <= t).mean() <= t + 4 * math.sqrt(t * (1 - t) / 4000)
+
+
+@pytest.mark.parametrize("alpha, delta", [(0, 0.1), (0.1, 1), (float("nan"), 0.1)])
+def test_levels_outside_their_range_are_refused(alpha, delta):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        promise([1.0], bucket="edit", alpha=alpha, delta=delta)
+
+
+def test_scores_that_cannot_be_used_are_refused():
+    with pytest.raises(ValueError, match="1 of 2 scores are not finite"):
+        promise([1.0, float("nan")], bucket="edit", alpha=0.1, delta=0.1)
+    with pytest.raises(ValueError, match="2 scores and 1 groups"):
+        promise([1.0, 2.0], bucket="edit", alpha=0.1, delta=0.1, groups=["a"])
