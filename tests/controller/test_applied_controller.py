@@ -73,10 +73,11 @@ def test_rows_with_a_closed_gate_are_the_bases_bits_beside_rows_that_are_edited(
     assert bool(((edited - base).abs().amax((1, 2)) > 1e-2)[is_edit].all())
 
 
-def test_a_keep_decoded_beside_edited_rows_has_the_bases_logits_at_every_step(any_backbone, mixed):
+@pytest.mark.parametrize("config", [ROUTED, LATE], ids=["early route", "late route"])
+def test_a_keep_decoded_beside_edited_rows_has_the_bases_logits_at_every_step(any_backbone, mixed, config):
     options = {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
     base = decode(any_backbone.model, mixed, **options)
-    with lively(any_backbone, policy=Oracle()).apply(any_backbone, mixed):
+    with lively(any_backbone, config, policy=Oracle()).apply(any_backbone, mixed):
         edited = decode(any_backbone.model, mixed, **options)
     keeps = [i for i, b in enumerate(mixed.bucket) if b != Bucket.EDIT]
     edits = [i for i, b in enumerate(mixed.bucket) if b == Bucket.EDIT]

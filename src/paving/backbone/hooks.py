@@ -153,6 +153,34 @@ def record_calls(backbone: Backbone) -> Iterator[dict[int, BlockCall]]:
             handle.remove()
 
 
+Before = Callable[[Mapping[str, Any]], None]
+After = Callable[[Mapping[str, Any], Any], Any | None]
+
+
+@contextmanager
+def around_passes(backbone: Backbone, before: Before, after: After) -> Iterator[None]:
+    """While open, before(arguments) is called ahead of every pass through the blocks, and the pass's output becomes
+    after(arguments, output), or stays as it is where that returns None.
+
+    arguments: by name, as transformers calls its decoder
+    """
+    decoder = backbone.model.get_decoder()
+    handles = []
+    try:
+        handles.append(
+            decoder.register_forward_pre_hook(lambda _module, _args, arguments: before(arguments), with_kwargs=True)
+        )
+        handles.append(
+            decoder.register_forward_hook(
+                lambda _module, _args, arguments, output: after(arguments, output), with_kwargs=True, prepend=True
+            )
+        )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def contiguous_head_input(backbone: Backbone) -> Iterator[None]:
     """While open, the language-model head reads a contiguous tensor.

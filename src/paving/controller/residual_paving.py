@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paving.backbone import Backbone, BackboneError, PromptBatch
-from paving.backbone.hooks import edit_residuals
+from paving.backbone.hooks import around_passes, edit_residuals
 from paving.controller.config import ControllerConfig
 from paving.controller.gates import GatePolicy, MixturePolicy, RouterMixture, ThresholdedSoft
 from paving.controller.weights import ControllerWeights, Edit
 from paving.intervention import RowState
 from paving.traces.boundary import boundary_states
+from paving.traces.prefill import can_run_again, last_token_again
 
 
 @dataclass(frozen=True)
@@ -82,25 +84,18 @@ class ResidualPaving:
     def apply(self, backbone: Backbone, batch: PromptBatch, *, start: int = 0) -> Iterator[PavedBatch]:
         """Edit the generation positions of this batch's forward passes: the last prompt token and all after it.
 
-        start: columns of the prompt that are in the KV cache already, so that the next pass begins there.
+        start: columns of the prompt that are in the KV cache already when the first pass begins
         """
         self.check(backbone)
-        run = PavedBatch(self, backbone, batch, columns=start)
+        run = PavedBatch(self, backbone, batch)
         if start and not (self.config.reads_before_it_edits and self.config.pooling == "last"):
             # The states of the cached columns are gone, and with them what the router would have to read.
             raise ValueError(
                 "route layers at or above edit layers, and mean pooling, need the whole prompt at once: "
                 "start without a KV cache."
             )
-        if not self.config.reads_before_it_edits:
-            # A route layer above an edited one must be read before anything is edited. Prompt states before the last
-            # token are the base's at every depth, so one unedited pass over the prompt decides for the whole answer.
-            run.decide(boundary_features(backbone, batch, self.config))
-        try:
-            with edit_residuals(backbone, run.hooks()):
-                yield run
-        finally:
-            run.edits.clear()
+        with run.attached():
+            yield run
 
     def decide(self, z: Tensor, batch: PromptBatch) -> Decision:
         """Boundary features (n, n_features) -> gate, mixture and veto of each row."""
@@ -117,13 +112,13 @@ class ResidualPaving:
 class PavedBatch:
     """One entry of `apply`: reads the prompt as it passes by, decides once, edits what follows. Applied."""
 
-    def __init__(self, controller: ResidualPaving, backbone: Backbone, batch: PromptBatch, columns: int):
+    def __init__(self, controller: ResidualPaving, backbone: Backbone, batch: PromptBatch):
         self.controller = controller
         self.batch = batch
-        self.columns = columns  # how many columns earlier forward passes of this batch have covered
+        self.columns = 0  # those that the cache of the current pass holds already
         self.decision: Decision | None = None
         self.edits: dict[int, Edit] = {}
-        self._dtype = backbone.dtype
+        self._backbone = backbone
         self._read: dict[int, Tensor] = {}
         self._sums: dict[int, Tensor] = {}  # mean pooling: what earlier passes over the prompt add up to
         self._features: Tensor | None = None  # what the decision was taken from
@@ -131,47 +126,90 @@ class PavedBatch:
         self._open: Tensor | None = None  # rows with an open gate; None where every row is open
         self._hooked = sorted({*controller.config.route_layers, *controller.config.edit_layers})
         self._edited = set(controller.config.edit_layers)
+        self._late = not controller.config.reads_before_it_edits
+        self._only_reads = False  # late routing: this pass over the prompt is not edited; its last token is run again
+        self._aside = False  # a pass of our own, beside the caller's
 
     def rows(self) -> tuple[RowState, ...]:
+        if self.decision is None and self._late:
+            self._decide_aside()
         if self.decision is None:
             raise RuntimeError("no gate was decided yet: run the model over the prompt inside `apply` first.")
         return self.decision.rows()
 
-    def hooks(self) -> dict[int, Edit]:
-        return {layer: self._hook(layer) for layer in self._hooked}
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        hooks = {layer: self._hook(layer) for layer in self._hooked}
+        try:
+            with edit_residuals(self._backbone, hooks), around_passes(self._backbone, self._before_pass, self._after_pass):
+                yield
+        finally:
+            self.edits.clear()
+
+    def _before_pass(self, arguments: Mapping[str, Any]) -> None:
+        """Where the pass begins, and where a route layer stands at or above an edited one: how the gates are decided.
+
+        Prompt states before the last token are the base's at every depth. So a prefill runs unedited, decides, and only
+        its last token is run again, for the rows whose gate is open. A pass without a cache that could take the token
+        back, or over more than the prompt, is preceded by one over the prompt alone.
+        """
+        if self._aside:
+            return
+        cache = arguments.get("past_key_values")
+        self.columns = 0 if cache is None else int(cache.get_seq_length())
+        if self._late and self.decision is None:
+            columns = _columns_of(arguments)
+            within_the_prompt = columns is not None and self.columns + columns <= self.batch.width
+            self._only_reads = within_the_prompt and can_run_again(self._backbone, arguments)
+            if not self._only_reads:
+                self._decide_aside()
+
+    def _decide_aside(self) -> None:
+        self._aside = True
+        try:
+            self.decide(boundary_features(self._backbone, self.batch, self.controller.config))
+        finally:
+            self._aside = False
+
+    def _after_pass(self, arguments: Mapping[str, Any], output: Any) -> Any | None:
+        if self._aside or not self._only_reads:
+            return None
+        self._only_reads = False
+        if self.decision is None or not self.edits:
+            return None  # a part of the prompt, or every gate is closed
+        return last_token_again(self._backbone, arguments, output, self.decision.gate > 0)
 
     def _hook(self, layer: int) -> Edit:
         first, is_edit = layer == self._hooked[0], layer in self._edited
-        is_route = layer in self.controller.config.route_layers and self.controller.config.reads_before_it_edits
+        is_route = layer in self.controller.config.route_layers
 
         def hook(resid: Tensor) -> Tensor | None:
+            if self._aside:
+                return None
             if first:
                 self._begin_pass(resid)
-            if self.decision is None and is_route:
+            if self.decision is None and is_route and (self._only_reads or not self._late):
                 self._collect(layer, resid)
-            if not is_edit or not self.edits or self._first >= resid.shape[1]:
+            if not is_edit or self._only_reads or not self.edits or self._first >= resid.shape[1]:
                 return None  # skipped rather than multiplied by a zero gate: a closed gate leaves the base's bits
             return self._edit(layer, resid)
 
         return hook
 
     def _begin_pass(self, resid: Tensor) -> None:
-        n_columns = resid.shape[1]
         self._first = max(0, self.batch.width - 1 - self.columns)
-        self._pass_start = self.columns
-        self.columns += n_columns
         if self.decision is not None and len(resid) != len(self.decision.gate):
             # Decided before this pass (late routing), and now several samples a prompt: the gates follow their rows.
             self.decide(_expand(self._features, len(resid)))
 
     def _collect(self, layer: int, resid: Tensor) -> None:
         """Add this pass's part of the boundary feature; decide once the last route layer has seen the last column."""
-        last = self.batch.width - 1 - self._pass_start
+        last = self.batch.width - 1 - self.columns
         config = self.controller.config
         mask = _expand(self.batch.attention_mask, resid.shape[0])
         if "mean" in config.pooling:
             # A pass may go on beyond the prompt, over forced tokens; the router reads the prompt alone.
-            prompt = mask[:, self._pass_start : self._pass_start + resid.shape[1], None]
+            prompt = mask[:, self.columns : self.columns + resid.shape[1], None]
             part = (resid[:, : prompt.shape[1]].float() * prompt).sum(1)
             self._sums[layer] = self._sums[layer] + part if layer in self._sums else part
         if last >= resid.shape[1]:
@@ -200,7 +238,7 @@ class PavedBatch:
         self._open = None if bool(is_open.all()) else is_open.nonzero().squeeze(-1)
         strength = self.controller.scale * decision.gate[:, None] * decision.mixture
         with torch.no_grad():
-            self.edits = self.controller.weights.experts.edits(strength[is_open], self._dtype)
+            self.edits = self.controller.weights.experts.edits(strength[is_open], self._backbone.dtype)
 
     def _edit(self, layer: int, resid: Tensor) -> Tensor | None:
         edit = self.edits.get(layer)
@@ -217,6 +255,11 @@ class PavedBatch:
 def boundary_features(backbone: Backbone, batch: PromptBatch, config: ControllerConfig) -> Tensor:
     """(n, n_features) float32, from one unedited pass over the prompts."""
     return boundary_states(backbone, batch, config.route_layers, config.pooling)
+
+
+def _columns_of(arguments: Mapping[str, Any]) -> int | None:
+    given = next((arguments[k] for k in ("input_ids", "inputs_embeds") if arguments.get(k) is not None), None)
+    return None if given is None else given.shape[1]
 
 
 def _expand(rows: Tensor, n: int) -> Tensor:

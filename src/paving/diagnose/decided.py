@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from paving.backbone import Backbone, PromptBatch
-from paving.backbone.hooks import edit_residuals
 from paving.controller.residual_paving import Decision, PavedBatch, ResidualPaving
 from paving.intervention import RowState
 from paving.prompts.types import Prompt
@@ -22,8 +21,8 @@ class Decided:
 
     features  prompt id -> the router's input (n_features) float32
 
-    A prompt has the same gate in every batch and pass, and late routing costs no pass of its own. Unlike the controller
-    itself it can be entered on a cached prompt (`start`), wherever the router reads.
+    A prompt has the same gate in every batch and pass, and no prompt is run to be read. Unlike the controller itself it can
+    be entered on a cached prompt, wherever the router reads.
     """
 
     controller: ResidualPaving
@@ -35,14 +34,12 @@ class Decided:
 
     @contextmanager
     def apply(self, backbone: Backbone, batch: PromptBatch, *, start: int = 0) -> Iterator[PavedBatch]:
+        """start is taken wherever it lies: nothing is left to read, and the cache says how far it reaches."""
         self.controller.check(backbone)
-        run = PavedBatch(self.controller, backbone, batch, columns=start)
+        run = PavedBatch(self.controller, backbone, batch)
         run.decide(self.stack(batch.ids, backbone.device))
-        try:
-            with edit_residuals(backbone, run.hooks()):
-                yield run
-        finally:
-            run.edits.clear()
+        with run.attached():
+            yield run
 
     def states(self, prompts: Sequence[Prompt], device: torch.device) -> dict[str, RowState]:
         """Prompt id -> gate, veto and mixture, without running the model."""

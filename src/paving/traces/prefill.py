@@ -1,0 +1,53 @@
+"""A prefill whose last token is run again: what a router that reads late, and an editor that edits early, need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from paving.backbone import Backbone
+
+
+def can_run_again(backbone: Backbone, arguments: Mapping[str, Any]) -> bool:
+    """Whether `last_token_again` can follow a decoder pass with these arguments.
+
+    It needs a cache of full-length layers, from which a token can be taken back (a sliding window has dropped what stood
+    before it), a plain attention mask, and a caller who asks for nothing of the pass but its last states.
+    """
+    cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+    config = backbone.model.config.get_text_config()
+    asked = (arguments.get(name) or getattr(config, name, False) for name in ("output_hidden_states", "output_attentions"))
+    return (
+        isinstance(cache, DynamicCache)
+        and all(type(layer) is DynamicLayer for layer in cache.layers)
+        and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
+        and not any(asked)
+    )
+
+
+def last_token_again(backbone: Backbone, arguments: Mapping[str, Any], output: Any, rows: Tensor) -> Any:
+    """Run the last token of a pass again, with whatever hooks now do, and let only `rows` have the difference.
+
+    arguments, output  of the decoder's pass, output.last_hidden_state (n, positions, d_model) and its cache
+    rows               (n,) bool; the others keep the states and the cached keys and values of the first time, bit for bit
+    returns            the output with the last position's states of those rows replaced
+    """
+    cache = output.past_key_values
+    others = (~rows).nonzero().squeeze(-1)
+    kept = [(layer.keys[others, :, -1:].clone(), layer.values[others, :, -1:].clone()) for layer in cache.layers]
+    cache.crop(-1)
+    last = {k: arguments[k][:, -1:] for k in ("input_ids", "inputs_embeds", "position_ids") if arguments.get(k) is not None}
+    if arguments.get("cache_position") is not None:
+        last["cache_position"] = arguments["cache_position"][-1:]
+    again = backbone.model.get_decoder()(**{**arguments, **last, "past_key_values": cache})
+    for layer, (keys, values) in zip(cache.layers, kept, strict=True):
+        layer.keys[others, :, -1:] = keys
+        layer.values[others, :, -1:] = values
+    states = output.last_hidden_state.clone()
+    states[rows, -1] = again.last_hidden_state[rows, -1]
+    output.last_hidden_state = states
+    return output
