@@ -10,7 +10,7 @@ import torch
 from paving.controller import AlwaysOpen, Closed, Hard, Oracle, Soft
 from paving.controller.paved_model import PavedModel
 from paving.prompts.types import Bucket
-from tiny_models import LATE, ROUTED, batch_of, decode, hooks_on, lively, some_prompts, tiny_backbone
+from tiny_models import LATE, ROUTED, batch_of, decode, hooks_on, lively, logits_of, some_prompts, tiny_backbone
 
 STEPS = 5
 WHOLE = {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
@@ -111,3 +111,23 @@ def test_the_gates_are_known_before_any_pass(backbone, mixed):
         decode(backbone.model, mixed)
         assert applied.rows() == early
     assert [r.gate for r in early] == pytest.approx([r.gate for r in decoded(backbone, mixed, controller)[1]], abs=1e-5)
+
+
+@pytest.mark.parametrize("config", [ROUTED, LATE], ids=["early", "late"])
+def test_a_multimodal_models_text_is_edited_as_any(config):
+    backbone = tiny_backbone("gemma3-multimodal")
+    batch = batch_of(backbone, some_prompts()[:4])
+    base = decode(backbone.model, batch, n=STEPS, **WHOLE)
+    edited, rows = decoded(backbone, batch, lively(backbone, config, policy=AlwaysOpen()))
+    assert [r.gate for r in rows] == [1.0] * 4
+    for one, other in zip(base.logits, edited.logits, strict=True):
+        assert bool(((one - other).abs().amax(1) > 1e-3).all())
+
+
+def test_blocks_run_past_the_decoder_are_refused(backbone, mixed, monkeypatch):
+    monkeypatch.setattr(backbone.model, "get_decoder", torch.nn.Identity)  # a model that names another module than it runs
+    with (
+        pytest.raises(RuntimeError, match="past its decoder"),
+        lively(backbone, ROUTED, policy=AlwaysOpen()).apply(backbone, mixed),
+    ):
+        logits_of(backbone, mixed)

@@ -129,6 +129,7 @@ class PavedBatch:
         self._late = not controller.config.reads_before_it_edits
         self._only_reads = False  # late routing: this pass over the prompt is not edited; its last token is run again
         self._aside = False  # a pass of our own, beside the caller's
+        self._within = False  # a pass whose arguments have been seen
 
     def rows(self) -> tuple[RowState, ...]:
         if self.decision is None and self._late:
@@ -155,6 +156,7 @@ class PavedBatch:
         """
         if self._aside:
             return
+        self._within = True
         cache = arguments.get("past_key_values")
         self.columns = 0 if cache is None else int(cache.get_seq_length())
         if self._late and self.decision is None:
@@ -172,7 +174,10 @@ class PavedBatch:
             self._aside = False
 
     def _after_pass(self, arguments: Mapping[str, Any], output: Any) -> Any | None:
-        if self._aside or not self._only_reads:
+        if self._aside:
+            return None
+        self._within = False
+        if not self._only_reads:
             return None
         self._only_reads = False
         if self.decision is None or not self.edits:
@@ -197,6 +202,11 @@ class PavedBatch:
         return hook
 
     def _begin_pass(self, resid: Tensor) -> None:
+        if not self._within:
+            raise RuntimeError(
+                f"the blocks of {self._backbone.name} were run past its decoder ({type(self._backbone.model).__name__}."
+                "get_decoder()), so that it is not known where in the prompt the pass begins. Run the model, or its decoder."
+            )
         self._first = max(0, self.batch.width - 1 - self.columns)
         if self.decision is not None and len(resid) != len(self.decision.gate):
             # Decided before this pass (late routing), and now several samples a prompt: the gates follow their rows.

@@ -32,11 +32,11 @@ def can_run_again(backbone: Backbone, arguments: Mapping[str, Any]) -> bool:
 def last_token_again(backbone: Backbone, arguments: Mapping[str, Any], output: Any, rows: Tensor) -> Any:
     """Run the last token of a pass again, with whatever hooks now do, and let only `rows` have the difference.
 
-    arguments, output  of the decoder's pass, output.last_hidden_state (n, positions, d_model) and its cache
+    arguments, output  of the decoder's pass: with its cache, and output.last_hidden_state (n, positions, d_model)
     rows               (n,) bool; the others keep the states and the cached keys and values of the first time, bit for bit
     returns            the output with the last position's states of those rows replaced
     """
-    cache = output.past_key_values
+    cache = arguments["past_key_values"]
     others = (~rows).nonzero().squeeze(-1)
     kept = [(layer.keys[others, :, -1:].clone(), layer.values[others, :, -1:].clone()) for layer in cache.layers]
     cache.crop(-1)
