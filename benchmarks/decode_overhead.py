@@ -7,6 +7,8 @@ Variants, all through one function (enter a context, call `model.generate`, leav
     plain          the Hugging Face model as it is
     closed         paving, every gate closed                                                         bar 1.02
     open           paving, every gate open: default K, random weights, scale 1, every edit layer      bar 1.10
+    late closed    the router reads blocks in the middle, above the first edited one; every gate closed
+    late open      the same, every gate open: the last prompt token is run again, one decode step a call
     steering       the steering-vectors library, one vector on each of the same layers
     lora           PEFT, LoRA r=16 on down_proj of the same layers, unmerged, adapters in the model's own dtype
                    (PEFT would otherwise keep them in float32), on a second copy of the model
@@ -56,9 +58,9 @@ from paired import (
 )
 from paving.backbone import EMBEDDED, Backbone, PromptBatch, as_backbone, load_backbone
 from paving.backbone.hooks import contiguous_head_input
-from paving.controller import AlwaysOpen, Closed, ResidualPaving
+from paving.controller import AlwaysOpen, Closed, ControllerConfig, ResidualPaving
 
-BARS = {"closed": 1.02, "open": 1.10}
+BARS = {"closed": 1.02, "open": 1.10, "late closed": 1.02}
 LORA_RANK, LORA_TARGET = 16, "down_proj"
 
 
@@ -116,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = []
     for n in args.batch:
         times = measure(every_variant, backbone, n, args)
-        costs = floors(model_size(backbone), edit_weights(every_variant, controller), n, args.prompt + args.tokens / 2)
+        context = args.prompt + args.tokens / 2
+        costs = floors(model_size(backbone), edit_weights(every_variant, controller), n, context, args.tokens)
         results.append({"batch": n, "variants": summary(times, costs, args.tokens)})
     report = {
         "machine": machine(backbone) | {"dtype": args.dtype},
@@ -150,14 +153,27 @@ def variants(backbone: Backbone, controller: ResidualPaving) -> list[Variant]:
     plain = backbone.model.generate
     closed, opened = controller.with_policy(Closed()), controller.with_policy(AlwaysOpen())
     layers = controller.config.edit_layers
+    late = reading_late(backbone, layers)
+    late_closed, late_open = late.with_policy(Closed()), late.with_policy(AlwaysOpen())
     steered, with_lora = steering(backbone, layers), lora(backbone, layers)
     return [
         Variant("plain", backbone, plain, lambda batch: nullcontext()),
         Variant("closed", backbone, plain, lambda batch: closed.apply(backbone, batch)),
         Variant("open", backbone, plain, lambda batch: opened.apply(backbone, batch)),
+        Variant("late closed", backbone, plain, lambda batch: late_closed.apply(backbone, batch)),
+        Variant("late open", backbone, plain, lambda batch: late_open.apply(backbone, batch)),
         Variant("steering", backbone, plain, lambda batch: steered()),
         Variant("lora", with_lora, with_lora.model.generate, lambda batch: nullcontext()),
     ]
+
+
+def reading_late(backbone: Backbone, layers: Sequence[int]) -> ResidualPaving:
+    """The same edit behind a router that reads three blocks around the middle."""
+    middle = backbone.n_layers // 2
+    config = ControllerConfig(route_layers=(middle - 1, middle, middle + 1), edit_layers=tuple(layers))
+    controller = lively_controller(backbone, config).with_scale(1.0)
+    controller.weights.eval().requires_grad_(False)
+    return controller
 
 
 def steering(backbone: Backbone, layers: Sequence[int]) -> Callable[[], AbstractContextManager]:
@@ -198,6 +214,8 @@ def edit_weights(every_variant: Sequence[Variant], controller: ResidualPaving) -
         "plain": 0,
         "closed": 0,
         "open": active * experts.w_in.shape[-1] * (2 * d + 1),
+        "late closed": 0,
+        "late open": active * experts.w_in.shape[-1] * (2 * d + 1),
         "steering": len(controller.config.edit_layers) * d,
         "lora": sum(p.numel() for name, p in with_lora.named_parameters() if "lora_" in name),
     }
@@ -214,14 +232,18 @@ class Floor:
     bytes: float
 
 
-def floors(size: ModelSize, added: Mapping[str, int], n_rows: int, context: float) -> dict[str, Floor]:
-    """added: weights that a variant adds; context: columns that a token sees, on average over the call."""
+def floors(size: ModelSize, added: Mapping[str, int], n_rows: int, context: float, tokens: int = 1) -> dict[str, Floor]:
+    """added: weights that a variant adds; context: columns that a token sees, on average over the call of `tokens`."""
     operations = n_rows * (2 * size.linear + size.attention_operations(context))
     read = size.linear * size.item_bytes + n_rows * context * size.kv_bytes
-    return {
+    found = {
         name: Floor(1 + n_rows * 2 * weights / operations, 1 + weights * size.item_bytes / read)
         for name, weights in added.items()
     }
+    if "late open" in found and tokens > 1:  # one step more a call, charged to the steps between its tokens
+        once = found["late open"]
+        found["late open"] = Floor(*(ratio * tokens / (tokens - 1) for ratio in (once.operations, once.bytes)))
+    return found
 
 
 # --- the measurement ---
@@ -321,7 +343,7 @@ def as_text(report: Mapping) -> str:
         f"{report['prompt_tokens']} prompt tokens, {report['new_tokens']} new tokens, {report['rounds']} rounds, "
         f"edit layers {report['edit_layers'][0]}..{report['edit_layers'][-1]}; floors: operations / bytes",
         "",
-        f"{'batch':>5}  {'variant':<9} {'ratio [min, max]':<21} {'bar':<12} {'steps':>6} {'call':>6} "
+        f"{'batch':>5}  {'variant':<11} {'ratio [min, max]':<21} {'bar':<12} {'steps':>6} {'call':>6} "
         f"{'ms/token':>9}  {'floors':<13}",
     ]
     for result in report["results"]:
@@ -330,7 +352,7 @@ def as_text(report: Mapping) -> str:
             verdict = "" if bar is None else f"{bar:.2f} {'met' if ratio['median'] <= bar else 'missed'}"
             spread = f"{ratio['median']:.3f} [{ratio['least']:.3f}, {ratio['greatest']:.3f}]"
             lines.append(
-                f"{result['batch']:>5}  {name:<9} {spread:<21} {verdict:<12} {row['steps']['median']:>6.3f} "
+                f"{result['batch']:>5}  {name:<11} {spread:<21} {verdict:<12} {row['steps']['median']:>6.3f} "
                 f"{row['call']['median']:>6.3f} {row['ms_per_token']:>9.2f}  "
                 f"{floor['operations']:.3f} / {floor['bytes']:.3f}"
             )

@@ -116,10 +116,10 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def lively_controller(backbone: Backbone) -> ResidualPaving:
+def lively_controller(backbone: Backbone, config: ControllerConfig | None = None) -> ResidualPaving:
     """The default shape with weights that edit: small enough for fluent states. At its start of zero, W_out would edit
     nothing and give the other expert weights no gradient."""
-    controller = fresh_controller(backbone, ControllerConfig(), seed=0)
+    controller = fresh_controller(backbone, config or ControllerConfig(), seed=0)
     experts = controller.weights.experts
     with torch.no_grad():
         drawn = torch.randn(experts.w_out.shape, generator=torch.Generator().manual_seed(0)) * 0.02
