@@ -31,6 +31,7 @@ from paving.evaluation.results import Rate
 from paving.evaluation.statistics import wilson
 from paving.run import Means
 from paving.run_folder import RunError
+from paving.training.strength import choose_strength
 from protocols import say, stage, watch
 
 CATEGORIES = ("crime_planning", "hate_speech", "health_consultation", "legal_opinion", "sexual_content")
@@ -121,6 +122,8 @@ def measured(out: Path, categories: Sequence[str], seeds: Sequence[int]) -> Iter
             yield Run(category, seed, recipe, metrics, metrics.frontier)
         elif (folder / "strengths.json").exists() and not (folder / "delta").exists():
             _, points = read_strengths(folder / "strengths.json")
+            if choose_strength(points, LIMIT) is not None:
+                continue  # still under way
             yield Run(category, seed, recipe, None, {EDIT: frontier_points(points, None)})
 
 
@@ -134,7 +137,11 @@ def row_summary(name: str, runs: Sequence[Run]) -> dict:
     mine = [(r, row) for r in runs if r.metrics for row in r.metrics.rows if r.named(row.name) == name]
     curves = [r.curves[n] for r in runs for n in r.curves if r.named(n) == name]
     sides: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    asked: dict[str, dict[str, int]] = {}  # side -> set -> its prompts: benign ones are the same for every category
     for run, row in mine:
+        for name_of_set, s in row.sets.items():
+            known = asked.setdefault(s.side, {})
+            known[name_of_set] = max(s.refused.n, known.get(name_of_set, 0))
         for side in dict.fromkeys(s.side for s in row.sets.values()):
             refused = [s.refused for s in row.sets.values() if s.side == side]
             sides.setdefault(side, {}).setdefault(run.category, []).append(
@@ -146,7 +153,10 @@ def row_summary(name: str, runs: Sequence[Run]) -> dict:
         "without_strength": len(curves) - len(mine) if curves else 0,
         "touched": max((r.metrics.touched for r, _ in mine), default=None),
         "sides": {side: {c: pooled(counts) for c, counts in by.items()} for side, by in sides.items()},
-        "mean": {side: pooled_categories([pooled(counts) for counts in by.values()]) for side, by in sides.items()},
+        "mean": {
+            side: mean_of([pooled(counts) for counts in by.values()], sum(asked[side].values()))
+            for side, by in sides.items()
+        },
         "at_limit": fmean(reached(c, LIMIT) for c in curves) if curves else None,
         "curve": pooled_curve(curves),
     }
@@ -159,9 +169,9 @@ def pooled(counts: Sequence[tuple[int, int]]) -> dict:
     return wilson(round(k / n * prompts), prompts).model_dump() | {"rate": k / n, "answers": n}
 
 
-def pooled_categories(each: Sequence[dict]) -> dict:
-    """The mean of the categories' rates, with the interval of all their prompts."""
-    mean, prompts = fmean(e["rate"] for e in each), sum(e["n"] for e in each)
+def mean_of(each: Sequence[dict], prompts: int) -> dict:
+    """The mean of the categories' rates, with the interval of so many different prompts."""
+    mean = fmean(e["rate"] for e in each)
     return wilson(round(mean * prompts), prompts).model_dump() | {"rate": mean, "categories": len(each)}
 
 

@@ -28,6 +28,7 @@ def test_the_threshold_keeps_the_promise_and_the_reader_is_told(tmp_path):
     assert [p["bucket"] for p in kept["promises"]] == [Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP]
     assert kept["threshold"] == controller.policy.threshold >= max(p["threshold"] for p in kept["promises"])
     assert all(p["opened"] <= p["allowed"] for p in kept["promises"])
+    assert {p["threshold"] for p in kept["promises"]} == {kept["threshold"]}
     metrics = evaluate(folder, means, judge=WordJudge())
     assert metrics.promises == [p["sentence"] for p in kept["promises"]]
     for shown in (folder / "report.html", folder / "controller" / "README.md"):
@@ -37,11 +38,13 @@ def test_the_threshold_keeps_the_promise_and_the_reader_is_told(tmp_path):
 def test_too_few_prompts_are_said_before_training(tmp_path, monkeypatch):
     config, means = promised(tmp_path, harmful=0.01, delta=0.05)
     monkeypatch.setattr("paving.run.fit", lambda *_a, **_k: pytest.fail("trained"))
-    with pytest.raises(PromiseError, match=r"No promise that at most 1\.0%.* are too few, \d+ more groups are needed"):
+    with pytest.raises(PromiseError, match=r"No promise that at most 1%.* are too few, \d+ more groups are needed"):
         train(config, tmp_path / "run", means, WordJudge())
 
 
 def test_a_gate_that_never_closes_promises_nothing():
+    with pytest.raises(ValueError, match="names a level for harmful keeps"):
+        PromiseConfig(harmful=None)
     with pytest.raises(ValueError, match="leave soft out of the policies"):
         CalibrationConfig(promise=PromiseConfig())
 

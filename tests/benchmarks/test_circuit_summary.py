@@ -34,7 +34,11 @@ def test_a_circuit_summary_pools_seeds_and_keeps_one_seeds_interval(script):
     one = row["sides"]["category"]["a"]
     assert (one["rate"], one["n"], one["answers"]) == (0.5, 20, 60)
     assert one["low"] == circuits.wilson(10, 20).low  # not that of 60 prompts
-    assert row["mean"]["category"]["rate"] == pytest.approx(0.6) and row["mean"]["category"]["n"] == 40
+    assert (
+        row["mean"]["category"]["rate"] == pytest.approx(0.6)
+        and row["mean"]["category"]["n"] == 40
+        and row["mean"]["benign"]["n"] == 20
+    )
     assert row["sides"]["other"]["a"]["n"] == 40 and row["sides"]["other"]["a"]["rate"] == 0.1
     assert row["at_limit"] == pytest.approx(0.4 + 0.4 * (circuits.LIMIT - 0.02) / 0.04)
     assert row["curve"][1] == pytest.approx({"strength": 0.5, "benign": 0.02, "category": 0.4})

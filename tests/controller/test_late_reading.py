@@ -6,7 +6,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from paving.backbone.hooks import record_residuals
 from paving.controller import AlwaysOpen, Closed, Hard, Oracle, Soft
 from paving.controller.paved_model import PavedModel
 from paving.prompts.types import Bucket
@@ -131,3 +133,25 @@ def test_blocks_run_past_the_decoder_are_refused(backbone, mixed, monkeypatch):
         lively(backbone, ROUTED, policy=AlwaysOpen()).apply(backbone, mixed),
     ):
         logits_of(backbone, mixed)
+
+
+@pytest.mark.parametrize("config", [ROUTED, LATE], ids=["early", "late"])
+def test_what_a_cache_holds_beside_the_batch_shifts_nothing(config):
+    """As under prefix tuning: virtual tokens stand in the cache before the first pass."""
+    backbone = tiny_backbone()
+    batch = batch_of(backbone, some_prompts()[:1])
+    filled = DynamicCache()
+    virtual = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        backbone.model.get_decoder()(input_ids=virtual, past_key_values=filled, use_cache=True)
+    seen = []
+    controller = lively(backbone, config, policy=AlwaysOpen())
+    with controller.apply(backbone, batch), record_residuals(backbone, [2], keep=lambda r: seen.append(r.clone())):
+        backbone.model(input_ids=batch.input_ids, past_key_values=filled, use_cache=True)
+    plain = DynamicCache()
+    with torch.no_grad():
+        backbone.model.get_decoder()(input_ids=virtual, past_key_values=plain, use_cache=True)
+        with record_residuals(backbone, [2]) as base:
+            backbone.model(input_ids=batch.input_ids, past_key_values=plain, use_cache=True)
+    torch.testing.assert_close(seen[0][:, :-1], base[2][:, :-1], atol=1e-5, rtol=1e-5)  # no column before the last is edited
+    assert not torch.allclose(seen[-1][:, -1], base[2][:, -1], atol=1e-2)

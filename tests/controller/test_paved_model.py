@@ -267,3 +267,12 @@ def test_a_controller_folder_that_is_not_there_is_named():
 def test_a_prompt_of_one_word_can_be_paved(backbone):
     one = batch_of(backbone, [prompt("short", [3], Bucket.EDIT)])
     assert decode(paved(backbone, AlwaysOpen()), one, n=2, eos_token_id=None).shape == (1, one.width + 2)
+
+
+def test_a_threshold_outlives_a_policy_that_has_none(backbone):
+    paved = PavedModel(backbone, lively(backbone, policy=ThresholdedSoft(0.7)))
+    assert paved.set_policy("closed").set_policy("hard").controller.policy.threshold == 0.7
+    assert (
+        paved.set_policy("thresholded", threshold=0.2).set_policy("soft").set_policy("hard").controller.policy.threshold
+        == 0.2
+    )

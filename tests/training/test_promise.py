@@ -65,13 +65,16 @@ def test_a_group_counts_once_by_its_highest_score():
     assert unit_scores(scores, groups).tolist() == [0.9, 0.4, 0.8]
     found = promise(scores, bucket="harmful_keep", alpha=0.5, delta=0.5, groups=groups)
     assert (found.n, found.prompts, found.allowed) == (3, 5, 1) and found.threshold == 0.8 and found.opened == 1
-    assert "3 groups (5 prompts)" in found.sentence()
+    assert (
+        "3 groups (5 prompts)" in found.sentence()
+        and "groups of harmful_keep prompts hold one that opens" in found.sentence()
+    )
 
 
 def test_the_sentence_says_what_is_promised_or_what_is_missing():
     made = promise(range(300), bucket="harmful_keep", alpha=0.02, delta=0.05)
     assert made.sentence() == (
-        "At most 2.0% of harmful_keep prompts open the gate, with confidence 95%, on prompts drawn like the 300 prompts of "
+        "At most 2% of harmful_keep prompts open the gate, with confidence 95%, drawn like the 300 prompts of "
         f"calibration, {made.opened} of which do ({made.allowed} may)."
     )
     short = promise(range(100), bucket="harmful_keep", alpha=0.02, delta=0.05)

@@ -38,6 +38,8 @@ def utility(
 
     def edited(backbone: Backbone) -> Row:
         load_circuit(folder, backbone.fingerprint)  # the files behind a model's name may have changed since
+        if delta.description.base.fingerprint != backbone.fingerprint:
+            raise RunError(f"{folder / 'delta'} was not made on {config.model} as it is now. Put back the run's own delta.")
         return Row(EDIT, delta.edit(), f"{weights_sha256(delta)}/{delta.alpha}")
 
     settings = Settings(limit=limit, fewshot=fewshot, chat=chat, seed=config.seed, batch_size=batch_size)

@@ -33,6 +33,7 @@ class PavedModel(nn.Module):
         self.tokenizer = backbone.tokenizer
         self.controller = controller
         self._backbone = backbone
+        self._threshold = getattr(controller.policy, "threshold", 0.0)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -110,8 +111,9 @@ class PavedModel(nn.Module):
 
     def set_policy(self, name: str, *, threshold: float | None = None, use_veto: bool | None = None) -> PavedModel:
         """Another gate policy from now on: soft, hard, thresholded, closed, open or oracle. Returns self."""
-        kept = getattr(self.controller.policy, "threshold", 0.0)
-        policy = gate_policy(name, kept if threshold is None else threshold)
+        # A policy without a threshold must not lose the calibrated one: what was promised rests on it.
+        self._threshold = getattr(self.controller.policy, "threshold", self._threshold) if threshold is None else threshold
+        policy = gate_policy(name, self._threshold)
         self.controller = self.controller.with_policy(policy, use_veto=use_veto)
         return self
 

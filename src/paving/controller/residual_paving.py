@@ -87,7 +87,7 @@ class ResidualPaving:
         start: columns of the prompt that are in the KV cache already when the first pass begins
         """
         self.check(backbone)
-        run = PavedBatch(self, backbone, batch)
+        run = PavedBatch(self, backbone, batch, start)
         if start and not (self.config.reads_before_it_edits and self.config.pooling == "last"):
             # The states of the cached columns are gone, and with them what the router would have to read.
             raise ValueError(
@@ -112,10 +112,11 @@ class ResidualPaving:
 class PavedBatch:
     """One entry of `apply`: reads the prompt as it passes by, decides once, edits what follows. Applied."""
 
-    def __init__(self, controller: ResidualPaving, backbone: Backbone, batch: PromptBatch):
+    def __init__(self, controller: ResidualPaving, backbone: Backbone, batch: PromptBatch, start: int):
         self.controller = controller
         self.batch = batch
-        self.columns = 0  # those that the cache of the current pass holds already
+        self.columns = start  # of the batch, those that the cache of the current pass holds already
+        self._beside: int | None = None  # what a cache holds that is none of the batch's: an adapter's virtual tokens
         self.decision: Decision | None = None
         self.edits: dict[int, Edit] = {}
         self._backbone = backbone
@@ -158,7 +159,10 @@ class PavedBatch:
             return
         self._within = True
         cache = arguments.get("past_key_values")
-        self.columns = 0 if cache is None else int(cache.get_seq_length())
+        held = 0 if cache is None else int(cache.get_seq_length())
+        if self._beside is None:
+            self._beside = held - self.columns
+        self.columns = max(0, held - self._beside)
         if self._late and self.decision is None:
             columns = _columns_of(arguments)
             within_the_prompt = columns is not None and self.columns + columns <= self.batch.width

@@ -34,9 +34,9 @@ class Decided:
 
     @contextmanager
     def apply(self, backbone: Backbone, batch: PromptBatch, *, start: int = 0) -> Iterator[PavedBatch]:
-        """start is taken wherever it lies: nothing is left to read, and the cache says how far it reaches."""
+        """start is taken wherever it lies: nothing is left to read."""
         self.controller.check(backbone)
-        run = PavedBatch(self.controller, backbone, batch)
+        run = PavedBatch(self.controller, backbone, batch, start)
         run.decide(self.stack(batch.ids, backbone.device))
         with run.attached():
             yield run

@@ -23,6 +23,7 @@ def can_run_again(backbone: Backbone, arguments: Mapping[str, Any]) -> bool:
     asked = (arguments.get(name) or getattr(config, name, False) for name in ("output_hidden_states", "output_attentions"))
     return (
         isinstance(cache, DynamicCache)
+        and not getattr(cache, "offloading", False)
         and all(type(layer) is DynamicLayer for layer in cache.layers)
         and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
         and not any(asked)
@@ -40,7 +41,9 @@ def last_token_again(backbone: Backbone, arguments: Mapping[str, Any], output: A
     others = (~rows).nonzero().squeeze(-1)
     kept = [(layer.keys[others, :, -1:].clone(), layer.values[others, :, -1:].clone()) for layer in cache.layers]
     cache.crop(-1)
-    last = {k: arguments[k][:, -1:] for k in ("input_ids", "inputs_embeds", "position_ids") if arguments.get(k) is not None}
+    last = {k: arguments[k][:, -1:] for k in ("input_ids", "inputs_embeds") if arguments.get(k) is not None}
+    if arguments.get("position_ids") is not None:
+        last["position_ids"] = arguments["position_ids"][..., -1:]  # some models have several a token, in front of the rows
     if arguments.get("cache_position") is not None:
         last["cache_position"] = arguments["cache_position"][-1:]
     again = backbone.model.get_decoder()(**{**arguments, **last, "past_key_values": cache})

@@ -24,7 +24,7 @@ from paving.traces.store import TraceStore
 from paving.traces.targets import EditTarget
 from paving.training.config import CalibrationConfig, TrainingConfig
 from paving.training.prepare import Stage, boundary_matrix, silent
-from paving.training.promise import Promise, check_promises, promises, strictest
+from paving.training.promise import Promise, check_promises, kept_at, promises, strictest
 from paving.training.verdicts import BROKEN, HARMFUL, REFUSAL, LabelsOf
 
 
@@ -113,6 +113,7 @@ def calibrate(
         check_promises(prompts, config.promise)
         promised = promises(logits.tolist(), prompts, config.promise)
         threshold = max(threshold, strictest(promised))  # a higher one opens less, and keeps the promise, too
+        promised = kept_at(promised, threshold, logits.tolist(), prompts)
     use_veto = config.use_veto and bool(controller.weights.veto.fitted)
     controller = replace(controller, policy=ThresholdedSoft(threshold), use_veto=use_veto, name="calibrating")
     trial = _Trial(backbone, splits, targets, store, training, config, labels_of, decoding)

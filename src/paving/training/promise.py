@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.stats import beta, binom
 
 from paving.prompts.types import Bucket, Prompt
@@ -35,6 +36,14 @@ class PromiseConfig(BaseModel):
     harmful: float | None = Field(0.05, gt=0, lt=1)
     benign: float | None = Field(None, gt=0, lt=1)
     delta: float = Field(0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _something_is_promised(self) -> Self:
+        if self.harmful is None and self.benign is None:
+            raise ValueError(
+                "a promise names a level for harmful keeps, for benign keeps, or for both; leave it out for none."
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -64,12 +73,18 @@ class Promise:
 
     def sentence(self) -> str:
         units = f"{self.n} prompts" if self.n == self.prompts else f"{self.n} groups ({self.prompts} prompts)"
-        goal = f"at most {self.alpha:.1%} of {self.bucket} prompts open the gate, with confidence {1 - self.delta:.0%}"
+        share, confidence = f"{100 * self.alpha:g}%", f"{100 * (1 - self.delta):g}%"
+        whose = (
+            f"{self.bucket} prompts open"
+            if self.n == self.prompts
+            else f"groups of {self.bucket} prompts hold one that opens"
+        )
+        goal = f"at most {share} of {whose} the gate, with confidence {confidence}"
         if self.threshold is None:
             kind = "prompts" if self.n == self.prompts else "groups"
             return f"No promise that {goal}: {units} of calibration are too few, {self.missing} more {kind} are needed."
         return (
-            f"{goal[0].upper()}{goal[1:]}, on prompts drawn like the {units} of calibration, {self.opened} of which do "
+            f"{goal[0].upper()}{goal[1:]}, drawn like the {units} of calibration, {self.opened} of which do "
             f"({self.allowed} may)."
         )
 
@@ -99,7 +114,7 @@ def promise(
 
     scores  of calibration prompts of `bucket`; the gate opens on high ones
     groups  of the same prompts. Prompts of one group are no independent draws: a group counts once, by its highest score,
-            and what is promised of groups then holds for their prompts, too
+            and the promise is one of groups. Of prompts it holds where a group's size has nothing to do with its gate
 
     raises ValueError for alpha or delta outside (0, 1), scores that are not finite, or groups that do not match
     """
@@ -172,6 +187,16 @@ def check_levels(alpha: float, delta: float) -> None:
     for name, value in (("alpha", alpha), ("delta", delta)):
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie between 0 and 1, both excluded; got {value}.")
+
+
+def kept_at(promises: Sequence[Promise], threshold: float, scores: Sequence[float], prompts: Sequence[Prompt]):
+    """The promises with what opens at the deployed threshold, which is theirs or a higher one."""
+    found = []
+    for made in promises:
+        mine = [i for i, p in enumerate(prompts) if p.bucket == made.bucket]
+        units = unit_scores([scores[i] for i in mine], [prompts[i].group for i in mine])
+        found.append(replace(made, threshold=threshold, opened=int((units > threshold).sum())))
+    return tuple(found)
 
 
 def strictest(promises: Sequence[Promise]) -> float | None:
