@@ -12,12 +12,10 @@ from scipy.stats import binom
 
 from paving.training.promise import (
     allowed_openings,
-    p_values,
     promise,
     strictest,
     unit_scores,
     units_needed,
-    upper_limit,
 )
 
 levels = st.floats(0.005, 0.5)
@@ -85,29 +83,6 @@ def test_the_sentence_says_what_is_promised_or_what_is_missing():
 def test_ties_never_open_too_many():
     found = promise([1.0] * 50 + [0.0] * 50, bucket="harmful_keep", alpha=0.1, delta=0.1)
     assert found.threshold == 1.0 and found.opened == 0
-
-
-def test_an_upper_limit_is_clopper_and_pearsons():
-    from statsmodels.stats.proportion import proportion_confint
-
-    for opened, n in ((0, 60), (3, 100), (99, 100)):
-        assert upper_limit(opened, n, 0.05) == pytest.approx(proportion_confint(opened, n, alpha=0.1, method="beta")[1])
-    assert upper_limit(7, 7, 0.05) == 1.0
-    with pytest.raises(ValueError, match="8 of 7"):
-        upper_limit(8, 7, 0.05)
-
-
-@given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.lists(st.integers(-6, 6), min_size=1, max_size=10))
-def test_p_values_count_keeps_as_high_or_higher(keeps, scores):
-    expected = [(1 + sum(k >= s for k in keeps)) / (1 + len(keeps)) for s in scores]
-    assert p_values(scores, keeps).tolist() == pytest.approx(expected)
-
-
-def test_p_values_of_keeps_are_no_smaller_than_uniform():
-    rng = np.random.default_rng(1)
-    found = np.array([p_values(rng.normal(size=1), rng.normal(size=50))[0] for _ in range(4000)])
-    for t in (0.02, 0.1, 0.5):
-        assert (found <= t).mean() <= t + 4 * math.sqrt(t * (1 - t) / 4000)
 
 
 @pytest.mark.parametrize("alpha, delta", [(0, 0.1), (0.1, 1), (float("nan"), 0.1)])

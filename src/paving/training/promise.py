@@ -2,8 +2,7 @@
 
 For n prompts drawn like those to come, the k + 1 highest of their scores cut off a share R of all such prompts that follows
 Beta(k + 1, n − k), so that P(R > α) = P(Bin(n, α) ≤ k). Choosing the largest k with P(Bin(n, α) ≤ k) ≤ δ is Learn-then-Test
-with one chain of thresholds from high to low (Angelopoulos et al., arXiv 2110.01052); for a threshold fixed beforehand the
-same statement is Clopper and Pearson's upper limit.
+with one chain of thresholds from high to low (Angelopoulos et al., arXiv 2110.01052).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from scipy.stats import beta, binom
+from scipy.stats import binom
 
 from paving.prompts.types import Bucket, Prompt
 
@@ -121,7 +120,7 @@ def promise(
     check_levels(alpha, delta)
     units = unit_scores(scores, groups)
     k = allowed_openings(len(units), alpha, delta)
-    threshold = None if k < 0 else (float(np.sort(units)[-1 - k]) if k < len(units) else -math.inf)
+    threshold = None if k < 0 else float(np.sort(units)[-1 - k])  # k < n: that all of them open is never unlikely
     opened = None if threshold is None else int((units > threshold).sum())
     return Promise(bucket, alpha, delta, len(units), len(scores), k, threshold, opened)
 
@@ -147,27 +146,6 @@ def units_needed(alpha: float, delta: float, opened: int = 0) -> int:
     return high
 
 
-def upper_limit(opened: int, n: int, delta: float) -> float:
-    """Clopper and Pearson's one-sided upper limit on the rate, at confidence 1 − delta: for a threshold fixed beforehand.
-
-    raises ValueError where opened is not within 0..n
-    """
-    if not 0 <= opened <= n:
-        raise ValueError(f"{opened} of {n} prompts cannot have opened the gate.")
-    return 1.0 if opened == n else float(beta.ppf(1 - delta, opened + 1, n - opened))
-
-
-def p_values(scores: Sequence[float], keeps: Sequence[float]) -> np.ndarray:
-    """Conformal p-value of each score against keeps, (n,): how usual it would be for a keep. Small: unlike a keep.
-
-    (1 + number of keeps with a score as high or higher) / (1 + number of keeps); for a keep drawn like them,
-    P(p ≤ t) ≤ t for every t.
-    """
-    ordered = np.sort(np.asarray(keeps, dtype=np.float64))
-    higher = len(ordered) - np.searchsorted(ordered, np.asarray(scores, dtype=np.float64), side="left")
-    return (1 + higher) / (1 + len(ordered))
-
-
 def unit_scores(scores: Sequence[float], groups: Sequence[str] | None) -> np.ndarray:
     """The scores, or the highest of each group in the order in which groups are met."""
     values = np.asarray(scores, dtype=np.float64)
@@ -189,7 +167,9 @@ def check_levels(alpha: float, delta: float) -> None:
             raise ValueError(f"{name} must lie between 0 and 1, both excluded; got {value}.")
 
 
-def kept_at(promises: Sequence[Promise], threshold: float, scores: Sequence[float], prompts: Sequence[Prompt]):
+def kept_at(
+    promises: Sequence[Promise], threshold: float, scores: Sequence[float], prompts: Sequence[Prompt]
+) -> tuple[Promise, ...]:
     """The promises with what opens at the deployed threshold, which is theirs or a higher one."""
     found = []
     for made in promises:
