@@ -10,9 +10,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from paving.cli import app, layers
+from paving.cli import app
 from paving.controller import ThresholdedSoft, save_controller
 from paving.run_folder import RunConfig, open_run
+from paving.terminal import layers
 from paving.training.config import TrainingConfig
 from tiny_models import lively, tiny_backbone, tiny_model, tiny_tokenizer
 
@@ -235,3 +236,17 @@ def test_interrupting_is_told_apart_from_failing(monkeypatch, tmp_path):
     result = paving("report", tmp_path)
     assert result.exit_code == 130
     assert "the same command goes on from there" in " ".join(result.stderr.split())
+
+
+def test_router_search_prints_what_it_tried_and_what_comes_next(tmp_path, monkeypatch):
+    figures = {"auc": 0.9, "partial_auc": 0.8, "opened": 0.7}
+    tried = {"layers": [1, 2], "pooling": "last", "kernel": "rbf", "contrast": "none"} | figures
+    record = {"why": "because", "opened": {"edit": 0.7, "harmful_keep": 0.02}, "tried": [tried]}
+    asked = []
+    monkeypatch.setattr("paving.router_search.search_router", lambda *a: asked.append(a) or record)
+    result = paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--layers", "1-2", "--layers", "3")
+    assert result.exit_code == 0, result.output
+    assert "chosen: because" in result.stdout and "edit 70.0 %" in result.stdout and "paving eval" in result.stdout
+    assert asked[0][2].layers == ((1, 2), (3,))
+    printed = paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--json")
+    assert json.loads(printed.stdout) == record

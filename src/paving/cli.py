@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paving import cli_circuit, cli_compare, cli_judge, cli_reproduce, cli_utility
-from paving.terminal import AsJson, err, one_line_errors, out
+from paving import cli_circuit, cli_compare, cli_judge, cli_reproduce, cli_router, cli_utility
+from paving.terminal import AsJson, err, layers, one_line_errors, out
 
 # Before torch is imported: a waiting OpenMP thread spins briefly, then sleeps. Endless spinning (the default) makes
 # small matrix products up to ten times slower where cores are virtual or shared. A user's own setting stays.
@@ -26,6 +26,7 @@ app = typer.Typer(
 organism_app = typer.Typer(help="Model organisms: make a small model refuse cautiously.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")
 app.add_typer(cli_circuit.app, name="circuit")
+app.add_typer(cli_router.app, name="router")
 
 Cache = Annotated[Path | None, typer.Option(help="Where base traces are kept. Default: the user cache.")]
 CacheGib = Annotated[float, typer.Option(min=0, help="Most the trace cache may hold; beyond it, prompt KV is rebuilt.")]
@@ -313,19 +314,6 @@ def run_config(file: Path | None, **options):
     if options["dtype"] != "auto":
         config["dtype"] = options["dtype"]
     return RunConfig.model_validate(config)
-
-
-def layers(text: str) -> tuple[int, ...]:
-    """`1-4` or `8,12,16` or `1-4,9`. raises ValueError naming the part that is no layer."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"{part.strip()!r} is no layer or range of layers. Write for example 1-4 or 8,12,16.")
-        if dash and int(last) < int(first):
-            raise ValueError(f"{part.strip()!r} runs backwards. Write the lower layer first, for example 1-4.")
-        found += range(int(first), int(last if dash else first) + 1)
-    return tuple(sorted(set(found)))
 
 
 def names(text: str) -> tuple[str, ...]:

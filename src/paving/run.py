@@ -74,6 +74,8 @@ class Means:
 
 def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = None) -> ResidualPaving:
     """Fit, calibrate and save a controller into `folder`; finished stages are taken from there."""
+    if config.router is not None and not (folder / "controller" / "controller.json").exists():
+        raise RunError("a searched gate takes its experts from a finished run: paving router search RUN --out FOLDER")
     split = split_of(config)  # a malformed prompt file is refused before a model is loaded or a folder made
     check_run(config, folder)
     backbone = means.load(config.model, config.dtype)
@@ -161,6 +163,7 @@ def evaluate(
     calibration = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
     recorded = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
     logits, veto_logits = gate_logits(backbone, controller, held_out)
+    description = read_description(folder / "controller")
     metrics = Metrics(
         run=folder.name,
         model=config.model,
@@ -173,6 +176,7 @@ def evaluate(
         oracle_gaps=oracle_gaps(rows, deployed),
         oracle_gap_intervals=gap_intervals(measured, held_out, deployed),
         power=power_sentences(held_out),
+        gate=description.get("trained_on", {}).get("gate"),
         promises=[p["sentence"] for p in calibration.get("promises", ())],  # runs of before have none
         thresholds=threshold_curve(logits),
         scales=scale_points(calibration),
@@ -187,7 +191,7 @@ def evaluate(
     write_json(folder / "groups.json", {p.id: p.group for p in held_out})  # intervals over several runs redraw by group
     write_text(out / "metrics.json", metrics.model_dump_json(indent=1))
     if second_judge is None:
-        write_card(folder / "controller", read_description(folder / "controller"), card_rows(metrics))
+        write_card(folder / "controller", description, card_rows(metrics))
     report(folder, out)
     if second_judge is not None and (folder / "metrics.json").exists():
         report(folder)  # what this judge calls HARMFUL is no longer shown there either

@@ -17,6 +17,7 @@ from paving.evaluation.judges.named import judge_line
 from paving.generation import Decoding
 from paving.prompts.splits import SplitSizes
 from paving.training.config import CalibrationConfig, TrainingConfig
+from paving.training.gate_search import GateSearch
 
 STARTER = "starter"
 
@@ -30,6 +31,7 @@ class RunConfig(BaseModel):
 
     edit, benign, harmful  a prompt file or dataset each (see paving.prompts.readers), or `starter`
     targets_from           a model whose answers are the edit targets, for over-refused safe prompts
+    router                 how the gate was searched, in a run whose experts are another's (see router_search)
     judge                  who says what a refusal is, in filters, calibration and evaluation (see judges.named)
     """
 
@@ -49,6 +51,7 @@ class RunConfig(BaseModel):
     decoding: Decoding = Decoding()
     allow_leakage: bool = False
     judge: str = "rules"
+    router: GateSearch | None = None
 
     @field_validator("judge")
     @classmethod

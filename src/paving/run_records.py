@@ -32,7 +32,7 @@ def gate_logits(
         chosen = [p for p in prompts if p.bucket == bucket]
         z = boundary_matrix(backbone, chosen, controller.config)
         with torch.no_grad():
-            gates[bucket.value] = controller.weights.router(z)[0].tolist()
+            gates[bucket.value] = controller.weights.route(z)[0].tolist()
             vetoes[bucket.value] = controller.weights.veto(controller.weights.router.normalise(z)).tolist()
     return gates, vetoes if controller.weights.veto.fitted else {}
 

@@ -59,3 +59,16 @@ def plain(text: str, limit: int) -> str:
     """Text from a file as one harmless line: no control or direction characters, cut at `limit` characters."""
     shown = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text[:limit])
     return shown if len(text) <= limit else f"{shown} [{len(text) - limit} more characters]"
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """`1-4` or `8,12,16` or `1-4,9`. raises ValueError naming the part that is no layer."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"{part.strip()!r} is no layer or range of layers. Write for example 1-4 or 8,12,16.")
+        if dash and int(last) < int(first):
+            raise ValueError(f"{part.strip()!r} runs backwards. Write the lower layer first, for example 1-4.")
+        found += range(int(first), int(last if dash else first) + 1)
+    return tuple(sorted(set(found)))

@@ -22,7 +22,8 @@ the base model's own answer.
 
 - Base: `{{ d.base.name }}`, fingerprint `{{ d.base.fingerprint }}`. Another base is refused.
 - Gate: {{ d.policy }}, threshold {{ "%.4f" | format(d.threshold) }}, scale {{ d.scale }}, harmful-keep veto {{ "on" if d.use_veto else "off" }}.
-{% for sentence in promises %}- {{ sentence }}
+{% if gate %}- What decides the gate: {{ gate }}
+{% endif %}{% for sentence in promises %}- {{ sentence }}
 {% endfor %}- Edit target: {{ targets }}. It is never compliance with a harmful request.
 {% if counts %}
 ## Prompts, by count
@@ -64,6 +65,7 @@ def write_card(folder: Path, description: Mapping, rows: Sequence[Mapping] = ())
     text = template.render(
         d=description,
         counts=trained.get("buckets"),
+        gate=trained.get("gate"),
         promises=trained.get("promises", ()),
         targets=kinds.get(trained.get("targets"), "not recorded"),
         rows=rows,

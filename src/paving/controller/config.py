@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from paving.backbone import Backbone, BackboneError
+from paving.controller.gate_machines import MachineShape
 
 ROUTE_LAYERS = (1, 2, 3, 4)
 CENTRES = (0.30, 0.55, 0.80)
@@ -27,6 +28,7 @@ class ControllerConfig(BaseModel):
     centres/widths each expert's Gaussian layer window, as fractions of the model's depth
     gain_clip      each expert's learned gain per layer is held in [0, gain_clip]
     router_hidden  hidden width of the router's MLP
+    gate           the machines that decide in place of the router's own gate logit, where a search put them there
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +43,7 @@ class ControllerConfig(BaseModel):
     widths: tuple[float, ...] = WIDTHS
     gain_clip: float = Field(4.0, gt=0)
     router_hidden: int = Field(64, ge=1)
+    gate: tuple[MachineShape, ...] = ()
 
     @model_validator(mode="after")
     def _windows_match_experts(self) -> Self:

@@ -100,7 +100,7 @@ class ResidualPaving:
     def decide(self, z: Tensor, batch: PromptBatch) -> Decision:
         """Boundary features (n, n_features) -> gate, mixture and veto of each row."""
         with torch.no_grad():
-            logit, mixture = self.weights.router(z)
+            logit, mixture = self.weights.route(z)
             gate = self.policy.gate(logit, batch)
             vetoed = None
             if self.use_veto and self.policy.vetoable:

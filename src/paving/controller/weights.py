@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paving.controller.config import ControllerConfig
+from paving.controller.gate_machines import GateMachines
 
 Edit = Callable[[Tensor], Tensor]
 Joined = tuple[list[int], Tensor, Tensor, Tensor, Tensor]  # active experts, w_in, b_in, w_out, gain of one layer
@@ -147,3 +148,9 @@ class ControllerWeights(nn.Module):
         self.router = Router(n_features, config.router_hidden, config.n_experts)
         self.veto = Veto(n_features)
         self.experts = Experts(config, d_model, n_layers)
+        self.gate = GateMachines(config.gate) if config.gate else None
+
+    def route(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Boundary features (n, n_features) -> gate logits (n,) and expert weights (n, K), as deployed."""
+        logit, mixture = self.router(z)
+        return (logit if self.gate is None else self.gate(z)), mixture

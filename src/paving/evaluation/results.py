@@ -163,6 +163,7 @@ class Metrics(Record):
     oracle_gaps: OracleGaps
     oracle_gap_intervals: OracleGapIntervals | None = None
     power: dict[str, str] = {}  # bucket -> what so many held-out prompts can show, in a sentence
+    gate: str | None = None  # what decides it and why, where a search chose it
     promises: list[str] = []  # what calibration promised of the gate, a sentence each
     thresholds: list[ThresholdPoint]
     scales: list[ScalePoint]

@@ -12,6 +12,7 @@
 Nothing here asks a model anything; the base-refusal filter, which does, stands in `paving.traces`.
 """
 
+from .contrasts import CONTRAST_SETS, ContrastSet, contrast_prompts, read_contrasts
 from .leakage import (
     Finding,
     Leakage,
@@ -23,14 +24,16 @@ from .leakage import (
 from .readers import read_prompts
 from .sources import KNOWN_DATASETS, Columns
 from .splits import BucketSizes, SplitSizes, restrict, split_prompts
-from .starter_set import contrast_prompts, organism_prompts, starter_prompts
+from .starter_set import organism_prompts, starter_prompts
 from .types import Bucket, Prompt, PromptError, SplitName, Splits, count_by_bucket
 
 __all__ = [
+    "CONTRAST_SETS",
     "KNOWN_DATASETS",
     "Bucket",
     "BucketSizes",
     "Columns",
+    "ContrastSet",
     "Finding",
     "Leakage",
     "Prompt",
@@ -44,6 +47,7 @@ __all__ = [
     "find_leakage",
     "group_near_duplicates",
     "organism_prompts",
+    "read_contrasts",
     "read_prompts",
     "refuse_leakage",
     "restrict",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import as_file, files
 
 from .readers import read_prompts
@@ -15,17 +14,6 @@ def starter_prompts() -> tuple[Prompt, ...]:
         *_read("edit", Bucket.EDIT),
         *_read("benign_keep", Bucket.BENIGN_KEEP),
         *_read("harmful_keep", Bucket.HARMFUL_KEEP),
-    )
-
-
-def contrast_prompts() -> tuple[Prompt, ...]:
-    """240 focus words beyond the starter set's, each with a safe prompt (edit) and an unsafe one in the same words as far as
-    that goes (harmful keep): what a router can learn the boundary from, and nothing else can tell them apart by."""
-    with as_file(files(__package__) / "starter" / "contrast.jsonl") as path:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    sides = (("safe", Bucket.EDIT), ("unsafe", Bucket.HARMFUL_KEEP))
-    return tuple(
-        Prompt(f"{row['id']}-{side}", row[side], bucket, group=row["focus"]) for side, bucket in sides for row in rows
     )
 
 

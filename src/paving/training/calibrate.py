@@ -106,7 +106,7 @@ def calibrate(
     prompts = splits.of(SplitName.CALIBRATION)
     with torch.no_grad():
         z = boundary_matrix(backbone, prompts, controller.config)
-        logits, _ = controller.weights.router(z)
+        logits, _ = controller.weights.route(z)
     threshold = choose_threshold(logits, [p.bucket for p in prompts], harmful_cost=config.harmful_cost)
     promised: tuple[Promise, ...] = ()
     if config.promise is not None:

@@ -1,0 +1,70 @@
+"""`paving router`: another gate for a finished run's controller."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from paving.terminal import AsJson, err, layers, one_line_errors, out, say
+
+app = typer.Typer(help="Gates: search one that opens on edit prompts and leaves keeps alone.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `search` a command of its own while it is the only one."""
+
+
+@app.command()
+@one_line_errors
+def search(
+    run: Annotated[Path, typer.Argument(help="Run folder with a finished controller.")],
+    folder: Annotated[Path, typer.Option("--out", help="Run folder of the same experts with the new gate.")],
+    read: Annotated[
+        list[str] | None, typer.Option("--layers", help="Blocks to read, as 8,12,16; repeat for more candidates.")
+    ] = None,
+    contrast: Annotated[str, typer.Option(help="Contrast pairs: starter, a .jsonl file, or none.")] = "starter",
+    harmful: Annotated[float, typer.Option(help="Highest share of harmful keeps that may open, out of fold.")] = 0.02,
+    benign: Annotated[float, typer.Option(help="The same for benign keeps.")] = 0.03,
+    folds: Annotated[int, typer.Option(min=2)] = 5,
+    seed: int = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    cache: Annotated[Path | None, typer.Option(help="Where base traces are kept. Default: the user cache.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a model repository run its own code.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose layers, pooling, machine and contrast pairs by prompts left out; evaluate the new folder as any run."""
+    from paving.progress import live_progress
+    from paving.router_search import search_router
+    from paving.run import Means
+    from paving.training.gate_search import GateSearch
+
+    sets = tuple(layers(text) for text in read) if read else None
+    settings = GateSearch(layers=sets, contrast=contrast, harmful=harmful, benign=benign, folds=folds, seed=seed)
+    with live_progress(err, quiet=as_json) as (stage, watch, note):
+        places = {"cache": cache} if cache is not None else {}
+        means = Means.default(
+            **places, device=device, trust_remote_code=trust_remote_code, stage=stage, watch=watch, say=note
+        )
+        record = search_router(run, folder, settings, means)
+    if as_json:
+        print(json.dumps(record, indent=1))
+        return
+    out.print(table_of(record["tried"][:12]))
+    say(f"chosen: {record['why']}")
+    opened = ", ".join(f"{bucket} {100 * share:.1f} %" for bucket, share in record["opened"].items())
+    say(f"opens out of fold: {opened}")
+    say(f"next: paving eval {folder}")
+
+
+def table_of(tried: list[dict]) -> Table:
+    table = Table("reads", "machine", "contrast pairs", "partial AUC", "AUC", "edit open")
+    for row in tried:
+        reads = f"{row['pooling']}, blocks {', '.join(map(str, row['layers']))}"
+        figures = (f"{row['partial_auc']:.3f}", f"{row['auc']:.3f}", f"{100 * row['opened']:.0f} %")
+        table.add_row(reads, row["kernel"], row["contrast"], *figures)
+    return table

@@ -1,0 +1,136 @@
+"""Another gate for a finished run's controller, chosen out of fold: a run folder of its own, with the same experts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from paving.backbone import Backbone
+from paving.controller.gates import Hard
+from paving.controller.regated import with_gate
+from paving.controller.residual_paving import ResidualPaving
+from paving.controller.store import load_controller, read_description, save_controller
+from paving.prompts import CONTRAST_SETS, contrast_prompts, read_contrasts
+from paving.prompts.leakage import near_or_equal
+from paving.prompts.types import Bucket, Prompt, SplitName, Splits
+from paving.run import Means, recorded_split, split_of
+from paving.run_folder import RunConfig, RunError, check_run, open_run, read_config, write_json
+from paving.traces.prompt_states import prompt_states
+from paving.training.gate_search import GateSearch, default_layers, search_gate
+from paving.training.prepare import boundary_matrix
+from paving.training.promise import Promise, PromiseConfig, check_promises, kept_at, promises, strictest
+
+STARTER, NONE = "starter", "none"
+RECORD = "router.json"  # what was tried, what was chosen, and why
+
+
+def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -> dict:
+    """Search a gate for the controller of `run` and save both in `folder`, ready for `evaluate`; returns the record.
+
+    Held-out prompts are not read. Where the run's calibration makes a promise, its calibration prompts are kept out of the
+    search and raise the threshold afterwards; otherwise the search learns from them, too.
+
+    raises RunError for a run without a controller or a folder of another configuration, PromptError for bad contrast pairs
+    """
+    before = read_config(run)
+    if before.router is not None:
+        raise RunError(f"{run} has a searched gate already. Search in the run that its experts are from.")
+    if not (run / "controller" / "controller.json").exists():
+        raise RunError(f"{run} has no finished controller. Train it first: paving train --out {run} ...")
+    config = before.model_copy(update={"router": settings})
+    check_run(config, folder)
+    if (folder / "controller" / "controller.json").exists():
+        means.say(f"the gate in {folder} is chosen; nothing to search")
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    splits = recorded_split(split_of(config).splits, run)
+    promise = config.calibration.promise
+    if promise is not None:
+        check_promises(splits.of(SplitName.CALIBRATION), promise)
+    learned_from = [*splits.train, *(() if promise is not None else splits.calibration)]
+    apart = [*splits.held_out, *(splits.calibration if promise is not None else ())]
+    contrasts, dropped = contrast_sets(settings.contrast, apart)
+    backbone = means.load(config.model, config.dtype)
+    for layers in settings.layers or ():
+        backbone.check_layers(layers, "route")
+    controller = load_controller(run / "controller", backbone)
+    open_run(config, folder)
+    every = [*learned_from, *{p.id: p for pairs in contrasts.values() for p in pairs}.values()]
+    states = prompt_states(backbone, means.store(), every, tick=means.stage("prompt states", len(every)))
+    sets = settings.layers or default_layers(backbone.n_layers)
+    n_candidates = len(sets) * len(settings.poolings) * len(settings.kernels) * (1 + len(contrasts))
+    tick = means.stage("gates, out of fold", n_candidates + 1)
+    found = search_gate(states, learned_from, contrasts, settings, sets, tick=tick)
+    gated = with_gate(controller, found.machines, found.shapes, found.layers, found.pooling)
+    promised: tuple[Promise, ...] = ()
+    if promise is not None:
+        gated, promised = keep_promise(backbone, gated, splits, promise)
+    record = {
+        "why": found.why(),
+        "opened": found.opened,
+        "tried": [asdict(t) for t in found.tried],
+        "pairs": {name: len(pairs) // 2 for name, pairs in contrasts.items()},
+        "pairs_dropped": dropped,
+        "experts_of": str(run),
+    }
+    _save(run, folder, config, gated, promised, record)
+    return record
+
+
+def contrast_sets(source: str, apart: Sequence[Prompt]) -> tuple[dict[str, list[Prompt]], int]:
+    """The named sets of contrast pairs that candidates may learn from, and how many pairs were dropped.
+
+    A pair is dropped whose focus is a group of the prompts that are kept apart, or that nearly repeats one of them.
+    """
+    if source == NONE:
+        return {}, 0
+    if source == STARTER:
+        words, kinds = (contrast_prompts(name) for name in CONTRAST_SETS)
+        named: dict[str, Sequence[Prompt]] = {"kinds": kinds, "words+kinds": [*words, *kinds]}
+    else:
+        named = {Path(source).stem: read_contrasts(source)}
+    groups = {p.group.casefold() for p in apart}
+    every = {p.id: p for pairs in named.values() for p in pairs}
+    repeated = near_or_equal([p.text for p in every.values()], [p.text for p in apart])
+    bad = {_pair(p) for p in every.values() if p.group.casefold() in groups or p.text in repeated}
+    return {name: [p for p in pairs if _pair(p) not in bad] for name, pairs in named.items()}, len(bad)
+
+
+def keep_promise(
+    backbone: Backbone, controller: ResidualPaving, splits: Splits, config: PromiseConfig
+) -> tuple[ResidualPaving, tuple[Promise, ...]]:
+    """The controller with its threshold raised until the promise holds on the calibration prompts."""
+    prompts = splits.of(SplitName.CALIBRATION)
+    with torch.no_grad():
+        logits = controller.weights.route(boundary_matrix(backbone, prompts, controller.config))[0].tolist()
+    made = promises(logits, prompts, config)
+    threshold = max(0.0, strictest(made))
+    gated = controller.with_policy(Hard(threshold), name=controller.name)
+    return gated, kept_at(made, threshold, logits, prompts)
+
+
+def _save(
+    run: Path, folder: Path, config: RunConfig, controller: ResidualPaving, promised: Sequence[Promise], record: dict
+) -> None:
+    calibration = json.loads((run / "calibration.json").read_text(encoding="utf-8"))
+    calibration["threshold"] = controller.policy.threshold
+    calibration["promises"] = [asdict(p) | {"sentence": p.sentence()} for p in promised]
+    write_json(folder / "calibration.json", calibration)
+    for name in ("splits.json", "prompts.json"):
+        shutil.copy(run / name, folder / name)
+    (folder / "completions").mkdir(exist_ok=True)
+    for name in ("base.jsonl", "base.key"):  # the base's answers are the same; the key still decides whether they are taken
+        if (run / "completions" / name).exists():
+            shutil.copy(run / "completions" / name, folder / "completions" / name)
+    write_json(folder / RECORD, record)
+    trained_on = read_description(run / "controller").get("trained_on", {})
+    trained_on = trained_on | {"gate": record["why"], "promises": [p.sentence() for p in promised]}
+    save_controller(controller, folder / "controller", {"trained_on": trained_on})
+
+
+def _pair(prompt: Prompt) -> str:
+    return prompt.id.removesuffix("-safe" if prompt.bucket is Bucket.EDIT else "-unsafe")

@@ -1,0 +1,265 @@
+"""Choose what a gate reads, which machine decides, and what it learns from, by prompts that no candidate has seen.
+
+Every candidate is fitted on four fifths of the groups of training and calibration prompts and scores the fifth that is
+left out; held-out prompts are not read. Two stages: one machine tells edit prompts from harmful keeps, and may learn from
+contrast pairs as well; the other tells them from benign keeps. Each is given the lowest threshold at which no more than a
+chosen share of its keeps would open.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+from paving.controller.gate_machines import Kernel, Machine, MachineShape
+from paving.prompts.types import Bucket, Prompt
+from paving.traces.prompt_states import PromptStates
+
+Tick = Callable[[int], None]
+LOW_FALSE_RATE = 0.1  # candidates are compared where few keeps open: the area under the curve up to here
+C_RBF, C_LINEAR = 10.0, 0.01
+
+
+class GateSearch(BaseModel):
+    """What is tried, and how much may leak.
+
+    layers    sets of blocks to read; None: four sets from the middle of the network
+    contrast  `starter`, a JSONL file of pairs (see prompts.contrasts), or `none`
+    harmful   highest share of harmful keeps, out of fold, that may open the gate
+    benign    the same for benign keeps
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[tuple[int, ...], ...] | None = Field(None, min_length=1)
+    poolings: tuple[str, ...] = Field(("last", "last+mean"), min_length=1)
+    kernels: tuple[Kernel, ...] = Field(("rbf", "linear"), min_length=1)
+    contrast: str = "starter"
+    harmful: float = Field(0.02, gt=0, lt=1)
+    benign: float = Field(0.03, gt=0, lt=1)
+    folds: int = Field(5, ge=2)
+    shuffles: int = Field(2, ge=1)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate for the boundary machine, out of fold: AUC edit against harmful keep, the same where few keeps open
+    (0.5 by chance), and the share of edit prompts that open at the allowed share of harmful keeps."""
+
+    layers: tuple[int, ...]
+    pooling: str
+    kernel: Kernel
+    contrast: str
+    auc: float
+    partial_auc: float
+    opened: float
+
+    def reads(self) -> str:
+        return f"{self.pooling}, blocks {', '.join(map(str, self.layers))}"
+
+
+@dataclass(frozen=True)
+class FoundGate:
+    """machines  whose columns count within the features of `layers` and `pooling`
+    tried     best first
+    opened    share of each bucket that opens out of fold, at the thresholds chosen
+    """
+
+    layers: tuple[int, ...]
+    pooling: str
+    machines: tuple[Machine, ...]
+    shapes: tuple[MachineShape, ...]
+    tried: tuple[Tried, ...]
+    opened: Mapping[str, float]
+
+    def why(self) -> str:
+        best = self.tried[0]
+        return (
+            f"{best.kernel} machine on {best.reads()}, contrast pairs: {best.contrast}; the highest partial AUC "
+            f"({best.partial_auc:.3f}, AUC {best.auc:.3f}) of {len(self.tried)} candidates out of fold."
+        )
+
+
+def default_layers(n_layers: int) -> tuple[tuple[int, ...], ...]:
+    """Four sets of blocks by relative depth, between a quarter and seven tenths: where probes do best."""
+    depths = ((0.28, 0.41, 0.55), (0.41, 0.55, 0.69), (0.48, 0.55, 0.62), (0.55,))
+    sets = (tuple(sorted({round(d * (n_layers - 1)) for d in depth})) for depth in depths)
+    return tuple(dict.fromkeys(sets))
+
+
+def search_gate(
+    states: Mapping[str, PromptStates],
+    prompts: Sequence[Prompt],
+    contrasts: Mapping[str, Sequence[Prompt]],
+    settings: GateSearch,
+    layer_sets: Sequence[tuple[int, ...]],
+    *,
+    tick: Tick = lambda _n: None,
+) -> FoundGate:
+    """prompts: of all three buckets. contrasts: named sets of pairs that candidates may learn from, beside none.
+
+    raises ValueError where a bucket has fewer groups than folds
+    """
+    check_groups(prompts, settings.folds)
+    tried: dict[Tried, np.ndarray] = {}
+    edit, harmful = (np.array([p.bucket is b for p in prompts]) for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP))
+    options = list(itertools.product(layer_sets, settings.poolings, settings.kernels, ("none", *contrasts)))
+    for layers, pooling, kernel, name in options:
+        pairs = contrasts.get(name, ())
+        scores = out_of_fold(states, prompts, pairs, Bucket.HARMFUL_KEEP, (layers, pooling, kernel), settings)
+        both = edit | harmful
+        labels, values = np.tile(edit[both], settings.shuffles), scores[:, both].ravel()
+        threshold = threshold_at(scores[:, harmful], settings.harmful)
+        found = Tried(
+            layers=layers,
+            pooling=pooling,
+            kernel=kernel,
+            contrast=name,
+            auc=float(roc_auc_score(labels, values)),
+            partial_auc=float(roc_auc_score(labels, values, max_fpr=LOW_FALSE_RATE)),
+            opened=float((scores[:, edit] > threshold).mean()),
+        )
+        tried[found] = scores
+        tick(1)
+    ranked = sorted(tried, key=lambda t: -t.partial_auc)
+    best = ranked[0]
+    read = (best.layers, best.pooling, best.kernel)
+    keep_scores = out_of_fold(states, prompts, (), Bucket.BENIGN_KEEP, read, settings)
+    tick(1)
+    opens = np.ones(tried[best].shape, dtype=bool)
+    machines, shapes = [], []
+    for keep, scores, pairs, share in (
+        (Bucket.HARMFUL_KEEP, tried[best], contrasts.get(best.contrast, ()), settings.harmful),
+        (Bucket.BENIGN_KEEP, keep_scores, (), settings.benign),
+    ):
+        ours = np.array([p.bucket is keep for p in prompts])
+        threshold = threshold_at(scores[:, ours], share)
+        slope = slope_of(scores[:, edit], scores[:, ours])
+        machine, shape = fitted(states, [*rows_for(prompts, keep), *pairs], keep, read)
+        machine.threshold.fill_(threshold)
+        machine.slope.fill_(slope)
+        machines.append(machine)
+        shapes.append(shape)
+        opens &= scores > threshold
+    opened = {b.value: float(opens[:, np.array([p.bucket is b for p in prompts])].mean()) for b in Bucket}
+    return FoundGate(best.layers, best.pooling, tuple(machines), tuple(shapes), tuple(ranked), opened)
+
+
+Read = tuple[tuple[int, ...], str, Kernel]
+
+
+def out_of_fold(
+    states: Mapping[str, PromptStates],
+    prompts: Sequence[Prompt],
+    pairs: Sequence[Prompt],
+    keep: Bucket,
+    read: Read,
+    settings: GateSearch,
+) -> np.ndarray:
+    """(shuffles, n) scores, each of a machine that has seen no prompt and no contrast of the row's group."""
+    layers, pooling, kernel = read
+    x, extra = features(states, prompts, layers, pooling), features(states, pairs, layers, pooling)
+    learns = np.array([p.bucket in (Bucket.EDIT, keep) for p in prompts])
+    y, y_extra = (np.array([p.bucket is Bucket.EDIT for p in rows], dtype=bool) for rows in (prompts, pairs))
+    scores = np.zeros((settings.shuffles, len(prompts)))
+    for shuffle in range(settings.shuffles):
+        fold = folds_of([p.group for p in prompts], settings.folds, settings.seed + shuffle)
+        for k in range(settings.folds):
+            left_out = {p.group.casefold() for p, f in zip(prompts, fold, strict=True) if f == k}
+            usable = np.array([p.group.casefold() not in left_out for p in pairs], dtype=bool)
+            seen = learns & (fold != k)
+            rows, labels = np.concatenate([x[seen], extra[usable]]), np.concatenate([y[seen], y_extra[usable]])
+            scale = StandardScaler().fit(rows)
+            machine = machine_of(kernel, rows.shape[1]).fit(scale.transform(rows), labels)
+            scores[shuffle, fold == k] = machine.decision_function(scale.transform(x[fold == k]))
+    return scores
+
+
+def fitted(
+    states: Mapping[str, PromptStates], rows: Sequence[Prompt], keep: Bucket, read: Read
+) -> tuple[Machine, MachineShape]:
+    """A machine on all rows, in float32; its columns count from 0 within what it reads."""
+    layers, pooling, kernel = read
+    x = features(states, rows, layers, pooling)
+    scale = StandardScaler().fit(x)
+    learned = machine_of(kernel, x.shape[1]).fit(scale.transform(x), [p.bucket is Bucket.EDIT for p in rows])
+    if kernel == "linear":
+        support, coef = learned.coef_, np.ones(1)
+    else:
+        support, coef = learned.support_vectors_, learned.dual_coef_[0]
+    shape = MachineShape(keep=keep.value, kernel=kernel, n_columns=x.shape[1], n_support=len(support))
+    machine = Machine(shape)
+    machine.columns.copy_(torch.arange(x.shape[1]))
+    for buffer, value in (
+        (machine.mean, scale.mean_),
+        (machine.std, scale.scale_),
+        (machine.support, support),
+        (machine.coef, coef),
+        (machine.gamma, np.float64(1 / x.shape[1])),
+        (machine.bias, learned.intercept_[0]),
+    ):
+        buffer.copy_(torch.as_tensor(np.asarray(value)))
+    return machine, shape
+
+
+def machine_of(kernel: Kernel, n_columns: int) -> SVC | LogisticRegression:
+    if kernel == "linear":
+        return LogisticRegression(C=C_LINEAR, max_iter=500, class_weight="balanced")
+    return SVC(C=C_RBF, kernel="rbf", gamma=1 / n_columns, class_weight="balanced")
+
+
+def features(
+    states: Mapping[str, PromptStates], prompts: Sequence[Prompt], layers: Sequence[int], pooling: str
+) -> np.ndarray:
+    """(n, n_features) float32, laid out as the router reads them; (0, ...) without prompts fits beside any."""
+    if not prompts:
+        some = next(iter(states.values()))
+        return np.zeros((0, len(some.features(layers, pooling))), np.float32)
+    return torch.stack([states[p.id].features(layers, pooling) for p in prompts]).cpu().numpy()
+
+
+def rows_for(prompts: Sequence[Prompt], keep: Bucket) -> list[Prompt]:
+    return [p for p in prompts if p.bucket in (Bucket.EDIT, keep)]
+
+
+def folds_of(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
+    """(n,) fold of each row; rows of one group share it."""
+    names = sorted(set(groups))
+    order = np.random.default_rng(seed).permutation(len(names)) % folds
+    place = dict(zip(names, order, strict=True))
+    return np.array([place[g] for g in groups])
+
+
+def threshold_at(keep_scores: np.ndarray, share: float) -> float:
+    """The lowest threshold that no more than `share` of these scores exceed."""
+    ranked = np.sort(keep_scores.ravel())[::-1]
+    return float(ranked[int(share * len(ranked))])
+
+
+def slope_of(edit_scores: np.ndarray, keep_scores: np.ndarray) -> float:
+    """Scores to log odds (Platt), for a gate that is read as a probability; the threshold stays where it is."""
+    values = np.concatenate([edit_scores.ravel(), keep_scores.ravel()])[:, None]
+    labels = np.concatenate([np.ones(edit_scores.size), np.zeros(keep_scores.size)])
+    slope = LogisticRegression(C=1e6, class_weight="balanced").fit(values, labels).coef_[0, 0]
+    return float(max(slope, 1e-3))  # machines that know nothing still open on high scores
+
+
+def check_groups(prompts: Sequence[Prompt], folds: int) -> None:
+    """raises ValueError where a bucket has fewer groups than folds"""
+    for bucket in Bucket:
+        groups = {p.group for p in prompts if p.bucket is bucket}
+        if len(groups) < folds:
+            raise ValueError(
+                f"{len(groups)} groups of {bucket.value} prompts are too few for {folds} folds. "
+                "Give more prompts, or ask for fewer folds."
+            )

@@ -1,0 +1,111 @@
+"""`paving router search`: a run folder of its own, evaluated as any run; the run it came from stays as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from paving import router_search
+from paving.controller.store import load_controller
+from paving.prompts import PromptError
+from paving.prompts.types import Bucket, Prompt
+from paving.router_search import contrast_sets, search_router
+from paving.run import evaluate, train
+from paving.run_folder import RunError, read_config
+from paving.training.config import CalibrationConfig
+from paving.training.gate_search import GateSearch
+from paving.training.promise import PromiseConfig
+from tiny_runs import WordJudge, tiny_run
+
+SETTINGS = GateSearch(layers=((0, 1), (1,)), poolings=("last",), kernels=("rbf",), contrast="none", folds=2, shuffles=1)
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched")
+    config, means = tiny_run(folder)
+    train(config, folder / "run", means, WordJudge())
+    return folder, config, means
+
+
+def test_the_new_folder_is_a_run_and_the_old_one_is_untouched(trained, monkeypatch):
+    folder, _, means = trained
+    before = files(folder / "run")
+    record = search_router(folder / "run", folder / "new", SETTINGS, means)
+    assert files(folder / "run") == before
+    assert {tuple(t["layers"]) for t in record["tried"]} == {(0, 1), (1,)}
+    metrics = evaluate(folder / "new", means, judge=WordJudge())
+    assert {"learned", "oracle"} <= {r.name for r in metrics.rows}
+    assert metrics.router.threshold == 0.0
+    card = (folder / "new" / "controller" / "README.md").read_text(encoding="utf-8")
+    assert record["why"] in card and record["why"] == metrics.gate
+    assert record["why"] in (folder / "new" / "report.html").read_text(encoding="utf-8")
+    monkeypatch.setattr("paving.router_search.search_gate", lambda *_a, **_k: pytest.fail("searched again"))
+    assert search_router(folder / "run", folder / "new", SETTINGS, means)["why"] == record["why"]
+    with pytest.raises(RunError, match="belongs to another configuration"):
+        search_router(folder / "run", folder / "new", SETTINGS.model_copy(update={"harmful": 0.5}), means)
+    with pytest.raises(RunError, match="has a searched gate already"):
+        search_router(folder / "new", folder / "newer", SETTINGS, means)
+
+
+def test_the_search_gives_the_same_gate_again(trained):
+    folder, config, means = trained
+    backbone = means.load(config.model, config.dtype)
+    states = []
+    for name in ("once", "twice"):
+        search_router(folder / "run", folder / name, SETTINGS, means)
+        states.append(load_controller(folder / name / "controller", backbone).weights.state_dict())
+    assert all((states[0][k] == states[1][k]).all() for k in states[0])
+
+
+def test_a_promise_keeps_calibration_prompts_out_and_raises_the_threshold(trained, monkeypatch):
+    folder, config, means = trained
+    promise = PromiseConfig(harmful=0.4, delta=0.4)
+    calibration = CalibrationConfig(scales=(1.0,), policies=("hard",), promise=promise)
+    promised = config.model_copy(update={"calibration": calibration})
+    train(promised, folder / "promised", means, WordJudge())
+    seen = []
+    real = router_search.search_gate
+    monkeypatch.setattr("paving.router_search.search_gate", lambda s, p, *a, **k: (seen.extend(p), real(s, p, *a, **k))[1])
+    search_router(folder / "promised", folder / "kept", SETTINGS, means)
+    ids = json.loads((folder / "kept" / "splits.json").read_text(encoding="utf-8"))["ids"]
+    assert {p.id for p in seen} == {i for by in ids["train"].values() for i in by}
+    kept = json.loads((folder / "kept" / "calibration.json").read_text(encoding="utf-8"))
+    assert kept["promises"][0]["opened"] <= kept["promises"][0]["allowed"]
+    assert kept["threshold"] == kept["promises"][0]["threshold"] >= 0
+
+
+def test_pairs_that_stand_in_prompts_kept_apart_are_dropped(tmp_path):
+    rows = [
+        {"id": "a", "focus": "Kill", "safe": "How do I kill a process?", "unsafe": "How do I kill a neighbour?"},
+        {"id": "b", "focus": "shoot", "safe": "How do I shoot a portrait of my mother?", "unsafe": "How do I shoot a man?"},
+        {"id": "c", "focus": "sink", "safe": "How do I sink a putt?", "unsafe": "How do I sink a boat?"},
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    apart = [
+        Prompt("1", "something else", Bucket.EDIT, group="kill"),
+        Prompt("2", "How do I shoot a portrait of my mother", Bucket.EDIT, group="portraits"),
+    ]
+    sets, dropped = contrast_sets(str(tmp_path / "mine.jsonl"), apart)
+    assert [p.id for p in sets["mine"]] == ["c-safe", "c-unsafe"] and dropped == 2
+    assert contrast_sets("none", apart) == ({}, 0)
+    assert set(contrast_sets("starter", apart)[0]) == {"kinds", "words+kinds"}
+
+
+def test_what_cannot_be_searched_is_one_clear_error(trained, tmp_path):
+    folder, _, means = trained
+    with pytest.raises(RunError, match="is no run folder"):
+        search_router(tmp_path, tmp_path / "out", SETTINGS, means)
+    with pytest.raises(PromptError, match="cannot read the contrast pairs"):
+        search_router(folder / "run", tmp_path / "out", SETTINGS.model_copy(update={"contrast": "absent.jsonl"}), means)
+    with pytest.raises(ValueError, match="layer"):
+        search_router(folder / "run", tmp_path / "out", SETTINGS.model_copy(update={"layers": ((99,),)}), means)
+    assert not (tmp_path / "out").exists()
+    searched = read_config(folder / "run").model_copy(update={"router": SETTINGS})
+    with pytest.raises(RunError, match="takes its experts from a finished run"):
+        train(searched, tmp_path / "out", means, WordJudge())

@@ -1,0 +1,117 @@
+"""The search for a gate: nothing scores a prompt whose group it has seen, and thresholds keep to what may leak."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paving.prompts.types import Bucket, Prompt
+from paving.traces.prompt_states import PromptStates
+from paving.training import gate_search
+from paving.training.gate_search import GateSearch, default_layers, folds_of, search_gate, threshold_at
+
+D, N_LAYERS = 5, 4
+FAST = GateSearch(poolings=("last",), kernels=("linear", "rbf"), folds=3, shuffles=1)
+
+
+def prompts_of(n: int, *, offset: int = 0, buckets=tuple(Bucket)) -> list[Prompt]:
+    return [
+        Prompt(f"{offset}-{b.value}-{i}", f"{b} {offset} {i}", b, group=f"{offset}-g{i // 2}")
+        for i in range(n)
+        for b in buckets
+    ]
+
+
+def states_of(prompts, *, told_by: int, seed: int = 0) -> dict[str, PromptStates]:
+    """States in which only layer `told_by` knows the bucket."""
+    rng = torch.Generator().manual_seed(seed)
+    centre = {b: 3 * torch.randn(D, generator=rng) for b in Bucket}
+    found = {}
+    for p in prompts:
+        last = torch.randn(N_LAYERS, D, generator=rng)
+        last[told_by] += centre[p.bucket]
+        found[p.id] = PromptStates(last=last, mean=torch.randn(N_LAYERS, D, generator=rng))
+    return found
+
+
+def test_the_layer_that_knows_is_found_and_keeps_stay_closed():
+    prompts = prompts_of(30)
+    found = search_gate(states_of(prompts, told_by=2), prompts, {}, FAST, [(0,), (2,), (3,)])
+    assert found.layers == (2,) and found.tried[0].auc > 0.95 > found.tried[-1].auc
+    assert [s.keep for s in found.shapes] == ["harmful_keep", "benign_keep"]
+    assert found.opened["edit"] > 0.8 and found.opened["harmful_keep"] <= 0.02 and found.opened["benign_keep"] <= 0.03
+    assert found.why().startswith(f"{found.tried[0].kernel} machine on last, blocks 2, contrast pairs: none;")
+    assert len(found.tried) == 6
+
+
+def test_contrast_pairs_are_used_where_they_help():
+    prompts = prompts_of(8)
+    pairs = prompts_of(60, offset=1, buckets=(Bucket.EDIT, Bucket.HARMFUL_KEEP))
+    states = states_of([*prompts, *pairs], told_by=1)
+    settings = FAST.model_copy(update={"kernels": ("linear",)})
+    found = search_gate(states, prompts, {"pairs": pairs}, settings, [(1,)])
+    auc = {t.contrast: t.partial_auc for t in found.tried}
+    assert auc["pairs"] >= auc["none"]
+
+
+def test_no_prompt_is_scored_by_what_has_seen_its_group(monkeypatch):
+    prompts = prompts_of(12)
+    # Groups as the prompts', but for case.
+    pairs = [Prompt(f"c{i}", f"pair {i}", Bucket.EDIT, group=f"0-G{i}") for i in range(6)]
+    states = states_of([*prompts, *pairs], told_by=0)
+    group_of = {states[p.id].last[0].numpy().tobytes(): p.group.casefold() for p in [*prompts, *pairs]}
+
+    class Spy:
+        def fit(self, x, y):
+            self.seen = {group_of[row.tobytes()] for row in x}
+            return self
+
+        def decision_function(self, x):
+            assert not self.seen & {group_of[row.tobytes()] for row in x}
+            return np.zeros(len(x))
+
+    class Unscaled:
+        def fit(self, x):
+            return self
+
+        def transform(self, x):
+            return x
+
+    monkeypatch.setattr(gate_search, "machine_of", lambda *_: Spy())
+    monkeypatch.setattr(gate_search, "StandardScaler", Unscaled)
+    read = ((0,), "last", "linear")
+    gate_search.out_of_fold(states, prompts, pairs, Bucket.HARMFUL_KEEP, read, FAST)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=60), st.floats(0.001, 0.999))
+def test_no_more_than_the_allowed_share_opens(scores, share):
+    values = np.array(scores)
+    threshold = threshold_at(values, share)
+    assert (values > threshold).mean() <= share
+    lower = values[values < threshold]
+    if len(lower):  # one step lower, and more would open
+        assert (values > lower.max()).mean() > share
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=50), st.integers(2, 5), st.integers(0, 99))
+def test_folds_keep_groups_whole(numbers, folds, seed):
+    groups = [f"g{n}" for n in numbers]
+    found = folds_of(groups, folds, seed)
+    assert all(len({f for f, g in zip(found, groups, strict=True) if g == name}) == 1 for name in groups)
+    assert set(found) <= set(range(folds))
+
+
+def test_too_few_groups_are_refused():
+    prompts = prompts_of(4)
+    with pytest.raises(ValueError, match="2 groups of edit prompts are too few for 3 folds"):
+        search_gate(states_of(prompts, told_by=0), prompts, {}, FAST, [(0,)])
+
+
+def test_default_layers_stand_in_the_middle_at_any_depth():
+    assert default_layers(30) == ((8, 12, 16), (12, 16, 20), (14, 16, 18), (16,))
+    for n in (2, 3, 12, 80):
+        assert all(0 <= layer < n for layers in default_layers(n) for layer in layers)
+        assert all(len(set(layers)) == len(layers) for layers in default_layers(n))
