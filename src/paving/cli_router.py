@@ -30,6 +30,7 @@ def search(
     contrast: Annotated[str, typer.Option(help="Contrast pairs: starter, a .jsonl file, or none.")] = "starter",
     harmful: Annotated[float, typer.Option(help="Highest share of harmful keeps that may open, out of fold.")] = 0.02,
     benign: Annotated[float, typer.Option(help="The same for benign keeps.")] = 0.03,
+    unlike: Annotated[float, typer.Option(help="Share of edit prompts taken for unlike the rest; 0: no such check.")] = 0.02,
     folds: Annotated[int, typer.Option(min=2)] = 5,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
@@ -44,7 +45,9 @@ def search(
     from paving.training.gate_search import GateSearch
 
     sets = tuple(layers(text) for text in read) if read else None
-    settings = GateSearch(layers=sets, contrast=contrast, harmful=harmful, benign=benign, folds=folds, seed=seed)
+    settings = GateSearch(
+        layers=sets, contrast=contrast, harmful=harmful, benign=benign, unlike=unlike or None, folds=folds, seed=seed
+    )
     with live_progress(err, quiet=as_json) as (stage, watch, note):
         places = {"cache": cache} if cache is not None else {}
         means = Means.default(

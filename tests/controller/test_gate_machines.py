@@ -52,7 +52,7 @@ def test_a_machine_scores_as_scikit_learn_does(kernel):
 def gates(n_columns: int) -> tuple[list[Machine], list[MachineShape]]:
     made = []
     for keep in ("harmful_keep", "benign_keep"):
-        shape = MachineShape(keep=keep, kernel="rbf", n_columns=n_columns, n_support=5)
+        shape = MachineShape(closes_on=keep, kernel="rbf", n_columns=n_columns, n_support=5)
         machine = Machine(shape)
         machine.columns.copy_(torch.arange(n_columns))
         machine.support.normal_()

@@ -41,10 +41,31 @@ def test_the_layer_that_knows_is_found_and_keeps_stay_closed():
     prompts = prompts_of(30)
     found = search_gate(states_of(prompts, told_by=2), prompts, {}, FAST, [(0,), (2,), (3,)])
     assert found.layers == (2,) and found.tried[0].auc > 0.95 > found.tried[-1].auc
-    assert [s.keep for s in found.shapes] == ["harmful_keep", "benign_keep"]
+    assert [s.closes_on for s in found.shapes] == ["harmful_keep", "benign_keep", "unlike"]
     assert found.opened["edit"] > 0.8 and found.opened["harmful_keep"] <= 0.02 and found.opened["benign_keep"] <= 0.03
     assert found.why().startswith(f"{found.tried[0].kernel} machine on last, blocks 2, contrast pairs: none;")
     assert len(found.tried) == 6
+
+
+def test_the_gate_closes_on_what_is_like_nothing_it_has_seen():
+    prompts = prompts_of(30)
+    states = states_of(prompts, told_by=2)
+    strange = Prompt("strange", "far away", Bucket.EDIT, group="far")
+    states["strange"] = PromptStates(last=100 * torch.randn(N_LAYERS, D), mean=torch.zeros(N_LAYERS, D))
+    for unlike, closed in ((0.1, True), (None, False)):
+        settings = FAST.model_copy(update={"unlike": unlike, "kernels": ("linear",)})
+        found = search_gate(states, prompts, {}, settings, [(2,)])
+        assert len(found.machines) == (3 if unlike else 2)
+        if not closed:
+            continue
+        machine = found.machines[-1]
+        x = torch.from_numpy(gate_search.features(states, [*prompts, strange], (2,), "last"))
+        assert machine(x)[-1] < 0
+        edit = [i for i, p in enumerate(prompts) if p.bucket is Bucket.EDIT]
+        near = gate_search.likeness(states, prompts, (2,), "last", unlike)[2]
+        assert (~near[edit]).sum() == 3  # a tenth of 30
+        known = [i for i, p in enumerate(prompts) if p.bucket is not Bucket.BENIGN_KEEP]
+        assert (machine(x)[known] > 0).all()  # what it was fitted on is at no distance from itself
 
 
 def test_contrast_pairs_are_used_where_they_help():

@@ -1,4 +1,4 @@
-"""A gate of kernel machines in place of the router's own logit: one for each kind of keep that the gate must close on.
+"""A gate of kernel machines in place of the router's own logit: one for each kind of prompt that the gate must close on.
 
 The router's mixture stays as it was trained; only the decision whether to edit is taken over.
 """
@@ -12,15 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 Kernel = Literal["rbf", "linear"]
+UNLIKE = "unlike"  # prompts that are like none which the gate was fitted on
 
 
 class MachineShape(BaseModel):
-    """keep: the kind of keep that the machine tells edit prompts from."""
+    """closes_on: what the machine tells edit prompts from: a kind of keep, or prompts unlike those it was fitted on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    keep: Literal["harmful_keep", "benign_keep"]
-    kernel: Kernel
+    closes_on: Literal["harmful_keep", "benign_keep", "unlike"]
+    kernel: Kernel | Literal["nearest"]
     n_columns: int = Field(ge=1)
     n_support: int = Field(ge=1)
 
@@ -28,7 +29,8 @@ class MachineShape(BaseModel):
 class Machine(nn.Module):
     """f(x) = Σ_i coef_i k(support_i, x) + bias on standardised columns of the boundary feature; slope · (f − threshold).
 
-    k is exp(−gamma |a − b|²), or a·b where the kernel is linear. Above 0 the prompt is taken for an edit prompt.
+    k is exp(−gamma |a − b|²), or a·b where the kernel is linear; where it is `nearest`, f(x) = −min_i |support_i − x| and
+    nothing else. Above 0 the prompt is taken for an edit prompt.
     """
 
     def __init__(self, shape: MachineShape):
@@ -47,6 +49,8 @@ class Machine(nn.Module):
         x = (z.float()[:, self.columns] - self.mean) / self.std
         if self.kernel == "linear":
             return x @ (self.coef @ self.support) + self.bias
+        if self.kernel == "nearest":
+            return -torch.cdist(x, self.support).amin(1)
         return torch.exp(-self.gamma * torch.cdist(x, self.support).square()) @ self.coef + self.bias
 
     def forward(self, z: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Every candidate is fitted on four fifths of the groups of training and calibration prompts and scores the fifth that is
 left out; held-out prompts are not read. Two stages: one machine tells edit prompts from harmful keeps, and may learn from
 contrast pairs as well; the other tells them from benign keeps. Each is given the lowest threshold at which no more than a
-chosen share of its keeps would open.
+chosen share of its keeps would open. A third closes on prompts farther from all that were seen than edit prompts are from
+those of other groups: what the others say of such a prompt is worth nothing (a kernel machine says its bias).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from paving.controller.gate_machines import Kernel, Machine, MachineShape
+from paving.controller.gate_machines import UNLIKE, Kernel, Machine, MachineShape
 from paving.prompts.types import Bucket, Prompt
 from paving.traces.prompt_states import PromptStates
 
@@ -36,6 +37,7 @@ class GateSearch(BaseModel):
     contrast  `starter`, a JSONL file of pairs (see prompts.contrasts), or `none`
     harmful   highest share of harmful keeps, out of fold, that may open the gate
     benign    the same for benign keeps
+    unlike    share of edit prompts that are taken for unlike the others, and stay closed; None: whatever comes is judged
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +48,7 @@ class GateSearch(BaseModel):
     contrast: str = "starter"
     harmful: float = Field(0.02, gt=0, lt=1)
     benign: float = Field(0.03, gt=0, lt=1)
+    unlike: float | None = Field(0.02, gt=0, lt=1)
     folds: int = Field(5, ge=2)
     shuffles: int = Field(2, ge=1)
     seed: int = 0
@@ -151,6 +154,11 @@ def search_gate(
         machines.append(machine)
         shapes.append(shape)
         opens &= scores > threshold
+    if settings.unlike is not None:
+        machine, shape, near = likeness(states, prompts, best.layers, best.pooling, settings.unlike)
+        machines.append(machine)
+        shapes.append(shape)
+        opens &= near
     opened = {b.value: float(opens[:, np.array([p.bucket is b for p in prompts])].mean()) for b in Bucket}
     return FoundGate(best.layers, best.pooling, tuple(machines), tuple(shapes), tuple(ranked), opened)
 
@@ -197,7 +205,7 @@ def fitted(
         support, coef = learned.coef_, np.ones(1)
     else:
         support, coef = learned.support_vectors_, learned.dual_coef_[0]
-    shape = MachineShape(keep=keep.value, kernel=kernel, n_columns=x.shape[1], n_support=len(support))
+    shape = MachineShape(closes_on=keep.value, kernel=kernel, n_columns=x.shape[1], n_support=len(support))
     machine = Machine(shape)
     machine.columns.copy_(torch.arange(x.shape[1]))
     for buffer, value in (
@@ -210,6 +218,34 @@ def fitted(
     ):
         buffer.copy_(torch.as_tensor(np.asarray(value)))
     return machine, shape
+
+
+def likeness(
+    states: Mapping[str, PromptStates], prompts: Sequence[Prompt], layers: tuple[int, ...], pooling: str, share: float
+) -> tuple[Machine, MachineShape, np.ndarray]:
+    """The machine that closes on prompts unlike edit prompts and harmful keeps, and (n,) which prompts it leaves open.
+
+    A prompt's distance is that to the nearest one of another group; `share` of the edit prompts are farther than the limit.
+    """
+    x = features(states, prompts, layers, pooling)
+    known = np.array([p.bucket is not Bucket.BENIGN_KEEP for p in prompts])
+    scale = StandardScaler().fit(x[known])
+    rows = torch.from_numpy(scale.transform(x)).float()
+    groups = np.array([p.group for p in prompts])
+    away = torch.cdist(rows, rows[torch.from_numpy(known)])
+    away[torch.from_numpy(groups[:, None] == groups[None, known])] = torch.inf
+    distances = away.amin(1).numpy()
+    edit = distances[[p.bucket is Bucket.EDIT for p in prompts]]
+    limit = np.sort(edit)[::-1][int(share * len(edit))]
+    shape = MachineShape(closes_on=UNLIKE, kernel="nearest", n_columns=x.shape[1], n_support=int(known.sum()))
+    machine = Machine(shape)
+    machine.columns.copy_(torch.arange(x.shape[1]))
+    machine.mean.copy_(torch.from_numpy(scale.mean_))
+    machine.std.copy_(torch.from_numpy(scale.scale_))
+    machine.support.copy_(rows[torch.from_numpy(known)])
+    machine.threshold.fill_(-float(np.nextafter(limit, np.inf, dtype=np.float32)))
+    machine.slope.fill_(float(1 / max(edit.std(), 1e-6)))
+    return machine, shape, distances <= limit
 
 
 def machine_of(kernel: Kernel, n_columns: int) -> SVC | LogisticRegression:
