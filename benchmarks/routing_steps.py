@@ -170,8 +170,9 @@ def as_text(summary: dict) -> str:
 
 def rate(pooled: dict) -> str:
     counted, redrawn = pooled["naive"], pooled["by_prompt"]
-    low, high = 100 * redrawn["low"], 100 * redrawn["high"]
-    return f"{counted['k']}/{counted['n']} {100 * counted['rate']:.1f} [{low:.1f}, {high:.1f}]"
+    ends = (redrawn["low"], redrawn["high"])  # none where all prompts are of one group
+    interval = ", ".join("n/a" if end is None else f"{100 * end:.1f}" for end in ends)
+    return f"{counted['k']}/{counted['n']} {100 * counted['rate']:.1f} [{interval}]"
 
 
 if __name__ == "__main__":
