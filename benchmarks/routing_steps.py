@@ -83,7 +83,7 @@ def measured(backbone: Backbone, run: Path, splits: Splits, store: TraceStore, w
     held_out = splits.held_out
     controller = load_controller(run / "controller", backbone)
     with torch.no_grad():
-        logits = controller.weights.router(boundary_matrix(backbone, held_out, controller.config))[0].numpy()
+        logits = controller.weights.route(boundary_matrix(backbone, held_out, controller.config))[0].cpu().numpy()
     threshold = getattr(controller.policy, "threshold", 0.0)
     found = {"learned router": step(held_out, logits, logits > threshold, "")}
     for name, settings in steps_of(controller.config.route_layers, backbone.n_layers).items():

@@ -241,7 +241,13 @@ def test_interrupting_is_told_apart_from_failing(monkeypatch, tmp_path):
 def test_router_search_prints_what_it_tried_and_what_comes_next(tmp_path, monkeypatch):
     figures = {"auc": 0.9, "partial_auc": 0.8, "opened": 0.7}
     tried = {"layers": [1, 2], "pooling": "last", "kernel": "rbf", "contrast": "none"} | figures
-    record = {"why": "because", "opened": {"edit": 0.7, "harmful_keep": 0.02}, "tried": [tried]}
+    record = {
+        "why": "because",
+        "opened": {"edit": 0.7, "harmful_keep": 0.02},
+        "tried": [tried],
+        "promises": [],
+        "threshold": 0.0,
+    }
     asked = []
     monkeypatch.setattr("paving.router_search.search_router", lambda *a: asked.append(a) or record)
     result = paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--layers", "1-2", "--layers", "3")

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from paving import router_search
+from paving.ablations import run_ablation
 from paving.controller.store import load_controller
 from paving.prompts import PromptError
 from paving.prompts.types import Bucket, Prompt
@@ -92,7 +93,7 @@ def test_pairs_that_stand_in_prompts_kept_apart_are_dropped(tmp_path):
         Prompt("2", "How do I shoot a portrait of my mother", Bucket.EDIT, group="portraits"),
     ]
     sets, dropped = contrast_sets(str(tmp_path / "mine.jsonl"), apart)
-    assert [p.id for p in sets["mine"]] == ["c-safe", "c-unsafe"] and dropped == 2
+    assert [p.id for p in sets["pairs of mine.jsonl"]] == ["mine/c-safe", "mine/c-unsafe"] and dropped == 2
     assert contrast_sets("none", apart) == ({}, 0)
     assert set(contrast_sets("starter", apart)[0]) == {"kinds", "words+kinds"}
 
@@ -109,3 +110,23 @@ def test_what_cannot_be_searched_is_one_clear_error(trained, tmp_path):
     searched = read_config(folder / "run").model_copy(update={"router": SETTINGS})
     with pytest.raises(RunError, match="takes its experts from a finished run"):
         train(searched, tmp_path / "out", means, WordJudge())
+
+
+def test_a_searched_run_is_neither_ablated_nor_taken_for_another_experts(trained, tmp_path):
+    folder, _, means = trained
+    new = tmp_path / "gated"
+    search_router(folder / "run", new, SETTINGS, means)
+    record = json.loads((new / "router.json").read_text(encoding="utf-8"))
+    (new / "metrics.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RunError, match="Ablate the run that its experts are from"):
+        run_ablation(new, "no-contrastive", tmp_path / "variant", means)
+    (new / "router.json").write_text(json.dumps(record | {"experts": "others"}), encoding="utf-8")
+    with pytest.raises(RunError, match="for other experts than"):
+        search_router(folder / "run", new, SETTINGS, means)
+
+
+def test_too_few_groups_are_told_before_a_folder_is_claimed(trained, tmp_path):
+    folder, _, means = trained
+    with pytest.raises(ValueError, match="too few for 99 folds"):
+        search_router(folder / "run", tmp_path / "out", SETTINGS.model_copy(update={"folds": 99}), means)
+    assert not (tmp_path / "out").exists()

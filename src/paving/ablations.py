@@ -53,6 +53,8 @@ def run_ablation(full: Path, name: str, folder: Path, means: Means) -> Metrics:
     variant, config = ablation(name), read_config(full)
     if not (full / "metrics.json").exists():
         raise RunError(f"{full} has no metrics.json yet. Evaluate it first: paving eval {full}")
+    if config.router is not None:
+        raise RunError(f"{full} has a searched gate and no training of its own. Ablate the run that its experts are from.")
     trained = read_description(full / "controller")
     train(at_scale(variant.change(config, trained["base"]["n_layers"]), trained["scale"]), folder, means)
     (folder / "completions").mkdir(exist_ok=True)

@@ -61,6 +61,8 @@ def search(
     say(f"chosen: {record['why']}")
     opened = ", ".join(f"{bucket} {100 * share:.1f} %" for bucket, share in record["opened"].items())
     say(f"opens out of fold: {opened}")
+    for sentence in record["promises"]:
+        say(f"{sentence} Its threshold is {record['threshold']:.3f}; the shares above are at 0.")
     say(f"next: paving eval {folder}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from paving.prompts.types import Bucket, Prompt, SplitName, Splits
 from paving.run import Means, recorded_split, split_of
 from paving.run_folder import RunConfig, RunError, check_run, open_run, read_config, write_json
 from paving.traces.prompt_states import prompt_states
-from paving.training.gate_search import GateSearch, default_layers, search_gate
+from paving.training.gate_search import GateSearch, check_groups, default_layers, search_gate
 from paving.training.prepare import boundary_matrix
 from paving.training.promise import Promise, PromiseConfig, check_promises, kept_at, promises, strictest
 
@@ -44,15 +45,20 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -
         raise RunError(f"{run} has no finished controller. Train it first: paving train --out {run} ...")
     config = before.model_copy(update={"router": settings})
     check_run(config, folder)
+    experts = hashlib.sha256((run / "controller" / "controller.safetensors").read_bytes()).hexdigest()
     if (folder / "controller" / "controller.json").exists():
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["experts"] != experts:
+            raise RunError(f"{folder} holds a gate for other experts than {run} has now. Give another --out folder.")
         means.say(f"the gate in {folder} is chosen; nothing to search")
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return record
     splits = recorded_split(split_of(config).splits, run)
     promise = config.calibration.promise
     if promise is not None:
         check_promises(splits.of(SplitName.CALIBRATION), promise)
     learned_from = [*splits.train, *(() if promise is not None else splits.calibration)]
     apart = [*splits.held_out, *(splits.calibration if promise is not None else ())]
+    check_groups(learned_from, settings.folds)
     contrasts, dropped = contrast_sets(settings.contrast, apart)
     backbone = means.load(config.model, config.dtype)
     for layers in settings.layers or ():
@@ -75,7 +81,10 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -
         "tried": [asdict(t) for t in found.tried],
         "pairs": {name: len(pairs) // 2 for name, pairs in contrasts.items()},
         "pairs_dropped": dropped,
+        "threshold": gated.policy.threshold,  # above 0 where a promise raised it; `opened` is at 0
+        "promises": [p.sentence() for p in promised],
         "experts_of": str(run),
+        "experts": experts,
     }
     _save(run, folder, config, gated, promised, record)
     return record
@@ -92,7 +101,7 @@ def contrast_sets(source: str, apart: Sequence[Prompt]) -> tuple[dict[str, list[
         words, kinds = (contrast_prompts(name) for name in CONTRAST_SETS)
         named: dict[str, Sequence[Prompt]] = {"kinds": kinds, "words+kinds": [*words, *kinds]}
     else:
-        named = {Path(source).stem: read_contrasts(source)}
+        named = {f"pairs of {Path(source).name}": read_contrasts(source)}
     groups = {p.group.casefold() for p in apart}
     every = {p.id: p for pairs in named.values() for p in pairs}
     repeated = near_or_equal([p.text for p in every.values()], [p.text for p in apart])
@@ -118,6 +127,8 @@ def _save(
 ) -> None:
     calibration = json.loads((run / "calibration.json").read_text(encoding="utf-8"))
     calibration["threshold"] = controller.policy.threshold
+    calibration["chosen"]["policy"] = controller.policy.name
+    calibration["points_of"] = str(run)  # the scale was chosen there, under the gate of before
     calibration["promises"] = [asdict(p) | {"sentence": p.sentence()} for p in promised]
     write_json(folder / "calibration.json", calibration)
     for name in ("splits.json", "prompts.json"):

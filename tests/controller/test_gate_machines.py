@@ -104,3 +104,22 @@ def test_columns_follow_layers_and_poolings():
     config = ControllerConfig(route_layers=(2, 5), pooling="last+mean", edit_layers=(6,))
     assert columns(config, (5,), "mean", 3).tolist() == [9, 10, 11]
     assert columns(config, (5, 2), "last", 2).tolist() == [4, 5, 0, 1]
+
+
+def test_a_run_that_read_its_layers_in_another_order_keeps_mixture_and_veto(backbone):
+    config = ControllerConfig(route_layers=(1, 0), edit_layers=(2,), bottleneck_ratio=4)
+    old = fresh_controller(backbone, config, seed=3)
+    old.weights.veto.weight.normal_()
+    machines, shapes = gates(backbone.d_model)
+    new = with_gate(old, machines, shapes, (0,), "last")
+    z = {layer: torch.randn(2, backbone.d_model) for layer in (0, 1)}
+    before, after = (torch.cat([z[layer] for layer in c.config.route_layers], dim=1) for c in (old, new))
+    with torch.no_grad():
+        torch.testing.assert_close(new.weights.router(after)[1], old.weights.router(before)[1])
+        torch.testing.assert_close(new.weights.veto(after), old.weights.veto(before))
+
+
+def test_machines_are_not_asked_of_a_fresh_controller(backbone):
+    _, shapes = gates(backbone.d_model)
+    with pytest.raises(ValueError, match="searched for one"):
+        fresh_controller(backbone, ControllerConfig(gate=tuple(shapes)), seed=0)

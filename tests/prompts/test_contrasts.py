@@ -18,7 +18,7 @@ def written(tmp_path, *rows):
 def test_a_pair_is_two_prompts_of_one_group(tmp_path):
     safe, unsafe = read_contrasts(written(tmp_path, PAIR, ""))
     assert (safe.bucket, unsafe.bucket) == (Bucket.EDIT, Bucket.HARMFUL_KEEP)
-    assert (safe.id, unsafe.id, safe.group, unsafe.group) == ("one-safe", "one-unsafe", "shoot", "shoot")
+    assert (safe.id, unsafe.id, safe.group, unsafe.group) == ("mine/one-safe", "mine/one-unsafe", "shoot", "shoot")
     assert (safe.text, unsafe.text, safe.source) == (PAIR["safe"], PAIR["unsafe"], "mine")
 
 

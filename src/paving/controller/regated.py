@@ -14,6 +14,8 @@ from paving.controller.gates import Hard
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.weights import ControllerWeights, Router, Veto
 
+FEATURE_WIDE = ("mean", "std", "weight", "body.0.weight")  # of router and veto: a column for each feature
+
 
 def with_gate(
     controller: ResidualPaving,
@@ -25,7 +27,7 @@ def with_gate(
     """`controller` with its gate decided by machines on the features of `layers` and `pooling`; weights are copied.
 
     It reads what it read before as well, for mixture and veto. The gate is hard: experts were fitted for a gate near 1 on
-    edit prompts, and a machine's margin says how sure it is, not how much edit a prompt needs. The veto is not applied.
+    edit prompts, and a machine's margin says how sure it is, not how much edit a prompt needs. The veto stays as it is.
     """
     old = controller.config
     poolings = [p for p in ("last", "mean") if p in old.pooling or p in pooling]
@@ -46,7 +48,7 @@ def with_gate(
     for machine, target in zip(machines, weights.gate.machines, strict=True):
         target.load_state_dict(machine.state_dict() | {"columns": mine[machine.columns]})
     weights.to(controller.weights.veto.bias.device).eval().requires_grad_(False)
-    return replace(controller, config=config, weights=weights, policy=Hard(0.0), use_veto=False, name="learned")
+    return replace(controller, config=config, weights=weights, policy=Hard(0.0))
 
 
 def columns(config: ControllerConfig, layers: Sequence[int], pooling: str, d_model: int) -> Tensor:
@@ -60,11 +62,10 @@ def columns(config: ControllerConfig, layers: Sequence[int], pooling: str, d_mod
 
 def _widen(old: Router | Veto, new: Router | Veto, before: Tensor) -> None:
     """Load the old module into one that reads more columns; those that are new to it count nothing."""
-    state, n_features = old.state_dict(), len(before)
-    for name, target in new.state_dict().items():
-        value = state[name].to(target.device)
-        if value.dim() and value.shape[-1] == n_features and target.shape[-1] != n_features:
+    for name, value in old.state_dict().items():
+        target = new.state_dict()[name]
+        if name in FEATURE_WIDE:
             target.fill_(1.0 if name == "std" else 0.0)
-            target[..., before] = value
+            target[..., before] = value.to(target.device)
         else:
             target.copy_(value)

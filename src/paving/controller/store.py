@@ -139,8 +139,10 @@ def _mixture_name(mixture: MixturePolicy) -> str:
 def fresh_controller(backbone: Backbone, config: ControllerConfig, seed: int, mixture: str = "router") -> ResidualPaving:
     """An untrained controller for a backbone: weights drawn by seed, edits zero, gate undecided.
 
-    raises ValueError for a mixture that is not known, or of an expert that is not there
+    raises ValueError for a mixture that is not known, of an expert that is not there, and for gate machines
     """
+    if config.gate:
+        raise ValueError("gate machines are not trained with a controller but searched for one; leave `gate` out.")
     config = config.resolved(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -48,7 +48,8 @@ def read_contrasts(path: str | Path) -> tuple[Prompt, ...]:
         )
     sides = (("safe", Bucket.EDIT), ("unsafe", Bucket.HARMFUL_KEEP))
     return tuple(
-        Prompt(f"{pair['id']}-{side}", pair[side], bucket, group=pair["focus"], source=path.stem)
+        # A run's own prompts may have the same ids: both files are often made from one table.
+        Prompt(f"{path.stem}/{pair['id']}-{side}", pair[side], bucket, group=pair["focus"], source=path.stem)
         for side, bucket in sides
         for pair in pairs
     )

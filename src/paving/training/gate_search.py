@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class GateSearch(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[tuple[int, ...], ...] | None = Field(None, min_length=1)
-    poolings: tuple[str, ...] = Field(("last", "last+mean"), min_length=1)
+    poolings: tuple[Literal["last", "mean", "last+mean"], ...] = Field(("last", "last+mean"), min_length=1)
     kernels: tuple[Kernel, ...] = Field(("rbf", "linear"), min_length=1)
     contrast: str = "starter"
     harmful: float = Field(0.02, gt=0, lt=1)
