@@ -35,6 +35,7 @@ from paving.traces.store import TraceStore
 from paving.training.gate_search import FoundGate, GateSearch, default_layers, features, search_gate
 from paving.training.prepare import boundary_matrix
 from paving.training.promise import promise, unit_scores
+from protocols import rate
 
 RESPLITS, ALPHA, DELTA = 200, 0.1, 0.1
 
@@ -157,7 +158,7 @@ def as_text(summary: dict) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in summary["steps"]:
         aucs = f"{np.mean(row['auc']):.3f} ({', '.join(f'{a:.3f}' for a in row['auc'])})"
-        rates = (rate(row["open"][b.value]) for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP))
+        rates = (rate(row["open"][b.value], seeds=False) for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP))
         lines.append(f"| {row['step']} | {aucs} | {' | '.join(rates)} |")
     for seed, found in summary["promise"].items():
         told = "too few groups for any" if found["exceeded"] is None else f"{100 * found['exceeded']:.1f} % exceed it"
@@ -166,13 +167,6 @@ def as_text(summary: dict) -> str:
             f"{found['resplits']} resplits, {told}"
         )
     return "\n".join(lines)
-
-
-def rate(pooled: dict) -> str:
-    counted, redrawn = pooled["naive"], pooled["by_prompt"]
-    ends = (redrawn["low"], redrawn["high"])  # none where all prompts are of one group
-    interval = ", ".join("n/a" if end is None else f"{100 * end:.1f}" for end in ends)
-    return f"{counted['k']}/{counted['n']} {100 * counted['rate']:.1f} [{interval}]"
 
 
 if __name__ == "__main__":

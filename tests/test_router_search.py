@@ -130,3 +130,15 @@ def test_too_few_groups_are_told_before_a_folder_is_claimed(trained, tmp_path):
     with pytest.raises(ValueError, match="too few for 99 folds"):
         search_router(folder / "run", tmp_path / "out", SETTINGS.model_copy(update={"folds": 99}), means)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_search_is_no_run_yet_and_goes_on(trained, tmp_path, monkeypatch):
+    folder, _, means = trained
+    with monkeypatch.context() as killed:
+        killed.setattr("paving.router_search.with_gate", lambda *_a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            search_router(folder / "run", tmp_path / "new", SETTINGS, means)
+    with pytest.raises(RunError, match="Finish its search: paving router search"):
+        evaluate(tmp_path / "new", means, judge=WordJudge())
+    search_router(folder / "run", tmp_path / "new", SETTINGS, means)
+    assert (tmp_path / "new" / "controller" / "controller.json").exists()

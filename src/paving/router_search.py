@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,21 +19,23 @@ from paving.prompts import CONTRAST_SETS, contrast_prompts, read_contrasts
 from paving.prompts.leakage import near_or_equal
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
 from paving.run import Means, recorded_split, split_of
-from paving.run_folder import RunConfig, RunError, check_run, open_run, read_config, write_json
+from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json
+from paving.run_rows import digest
 from paving.traces.prompt_states import prompt_states
 from paving.training.gate_search import GateSearch, check_groups, default_layers, search_gate
 from paving.training.prepare import boundary_matrix
 from paving.training.promise import Promise, PromiseConfig, check_promises, kept_at, promises, strictest
 
-STARTER, NONE = "starter", "none"
+NONE = "none"
 RECORD = "router.json"  # what was tried, what was chosen, and why
 
 
 def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -> dict:
     """Search a gate for the controller of `run` and save both in `folder`, ready for `evaluate`; returns the record.
 
-    Held-out prompts are not read. Where the run's calibration makes a promise, its calibration prompts are kept out of the
-    search and raise the threshold afterwards; otherwise the search learns from them, too.
+    Of held-out prompts it only looks which contrast pairs repeat them or share their groups. Where the run's calibration
+    makes a promise, its calibration prompts are kept out of the search and raise the threshold afterwards; otherwise the
+    search learns from them, too.
 
     raises RunError for a run without a controller or a folder of another configuration, PromptError for bad contrast pairs
     """
@@ -45,7 +46,7 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -
         raise RunError(f"{run} has no finished controller. Train it first: paving train --out {run} ...")
     config = before.model_copy(update={"router": settings})
     check_run(config, folder)
-    experts = hashlib.sha256((run / "controller" / "controller.safetensors").read_bytes()).hexdigest()
+    experts = digest(run / "controller" / "controller.safetensors")
     if (folder / "controller" / "controller.json").exists():
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["experts"] != experts:

@@ -146,7 +146,8 @@ def evaluate(
     """
     config = read_config(folder)
     if not (folder / "controller" / "controller.json").exists():
-        raise RunError(f"{folder} has no finished controller. Train it first: paving train --out {folder} ...")
+        way = "Train it first: paving train" if config.router is None else "Finish its search: paving router search RUN"
+        raise RunError(f"{folder} has no finished controller. {way} --out {folder} ...")
     split = split_of(config)
     verdicts_by = means.judge(second_judge) if second_judge else judge or means.judge(config.judge)
     out = judge_folder(folder, verdicts_by.name) if second_judge else folder

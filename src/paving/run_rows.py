@@ -21,7 +21,7 @@ def row_specs(
 
     All share experts and scale. A mixture's row keeps the deployed gate and veto, and changes nothing else.
     """
-    fingerprint = TraceStore.key(weights=_digest(folder / "controller" / "controller.safetensors"))
+    fingerprint = TraceStore.key(weights=digest(folder / "controller" / "controller.safetensors"))
     has_veto = bool(controller.weights.veto.fitted)
     variants = [(controller.with_policy(controller.policy, name="learned", use_veto=False), "learned")]
     if has_veto:
@@ -63,5 +63,6 @@ def row_policy(row: str, controller: ResidualPaving, has_veto: bool) -> tuple[Ga
     return policy, use_veto
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -25,10 +25,10 @@ def prompts_of(n: int, *, offset: int = 0, buckets=tuple(Bucket)) -> list[Prompt
     ]
 
 
-def states_of(prompts, *, told_by: int, seed: int = 0) -> dict[str, PromptStates]:
+def states_of(prompts, *, told_by: int, seed: int = 0, apart: float = 3.0) -> dict[str, PromptStates]:
     """States in which only layer `told_by` knows the bucket."""
     rng = torch.Generator().manual_seed(seed)
-    centre = {b: 3 * torch.randn(D, generator=rng) for b in Bucket}
+    centre = {b: apart * torch.randn(D, generator=rng) for b in Bucket}
     found = {}
     for p in prompts:
         last = torch.randn(N_LAYERS, D, generator=rng)
@@ -52,30 +52,29 @@ def test_the_gate_closes_on_what_is_like_nothing_it_has_seen():
     states = states_of(prompts, told_by=2)
     strange = Prompt("strange", "far away", Bucket.EDIT, group="far")
     states["strange"] = PromptStates(last=100 * torch.randn(N_LAYERS, D), mean=torch.zeros(N_LAYERS, D))
-    for unlike, closed in ((0.1, True), (None, False)):
-        settings = FAST.model_copy(update={"unlike": unlike, "kernels": ("linear",)})
-        found = search_gate(states, prompts, {}, settings, [(2,)])
-        assert len(found.machines) == (3 if unlike else 2)
-        if not closed:
-            continue
-        machine = found.machines[-1]
-        x = torch.from_numpy(gate_search.features(states, [*prompts, strange], (2,), "last"))
-        assert machine(x)[-1] < 0
-        edit = [i for i, p in enumerate(prompts) if p.bucket is Bucket.EDIT]
-        near = gate_search.likeness(states, prompts, (2,), "last", unlike)[2]
-        assert (~near[edit]).sum() == 3  # a tenth of 30
-        known = [i for i, p in enumerate(prompts) if p.bucket is not Bucket.BENIGN_KEEP]
-        assert (machine(x)[known] > 0).all()  # what it was fitted on is at no distance from itself
+    judged, unjudged = (
+        search_gate(states, prompts, {}, FAST.model_copy(update={"unlike": share, "kernels": ("linear",)}), [(2,)])
+        for share in (0.1, None)
+    )
+    assert (len(judged.machines), len(unjudged.machines)) == (3, 2)
+    machine = judged.machines[-1]
+    x = torch.from_numpy(gate_search.features(states, [*prompts, strange], (2,), "last"))
+    assert machine(x)[-1] < 0
+    near = gate_search.likeness(states, prompts, (2,), "last", 0.1)[2]
+    assert (~near[[p.bucket is Bucket.EDIT for p in prompts]]).sum() == 3  # a tenth of 30
+    known = [i for i, p in enumerate(prompts) if p.bucket is not Bucket.BENIGN_KEEP]
+    assert (machine(x)[known] > 0).all()  # what it was fitted on is at no distance from itself
 
 
 def test_contrast_pairs_are_used_where_they_help():
-    prompts = prompts_of(8)
-    pairs = prompts_of(60, offset=1, buckets=(Bucket.EDIT, Bucket.HARMFUL_KEEP))
-    states = states_of([*prompts, *pairs], told_by=1)
+    prompts = prompts_of(24)
+    pairs = prompts_of(300, offset=1, buckets=(Bucket.EDIT, Bucket.HARMFUL_KEEP))
+    states = states_of([*prompts, *pairs], told_by=1, seed=1, apart=0.6)
     settings = FAST.model_copy(update={"kernels": ("linear",)})
-    found = search_gate(states, prompts, {"pairs": pairs}, settings, [(1,)])
+    found = search_gate(states, prompts, {"pairs": pairs}, settings, [(0, 1, 2, 3)])
     auc = {t.contrast: t.partial_auc for t in found.tried}
-    assert auc["pairs"] >= auc["none"]
+    assert auc["pairs"] > auc["none"] + 0.05
+    assert found.tried[0].contrast == "pairs" and "contrast pairs: pairs" in found.why()
 
 
 def test_no_prompt_is_scored_by_what_has_seen_its_group(monkeypatch):

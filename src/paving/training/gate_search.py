@@ -1,10 +1,10 @@
 """Choose what a gate reads, which machine decides, and what it learns from, by prompts that no candidate has seen.
 
 Every candidate is fitted on four fifths of the groups of training and calibration prompts and scores the fifth that is
-left out; held-out prompts are not read. Two stages: one machine tells edit prompts from harmful keeps, and may learn from
-contrast pairs as well; the other tells them from benign keeps. Each is given the lowest threshold at which no more than a
-chosen share of its keeps would open. A third closes on prompts farther from all that were seen than edit prompts are from
-those of other groups: what the others say of such a prompt is worth nothing (a kernel machine says its bias).
+left out; held-out prompts have no part in it. Two stages: one machine tells edit prompts from harmful keeps, and may learn
+from contrast pairs as well; the other tells them from benign keeps. Each is given the lowest threshold at which no more
+than a chosen share of its keeps would open. A third closes on prompts farther from all that were seen than edit prompts are
+from those of other groups: what the others say of such a prompt is worth nothing (a kernel machine says its bias).
 """
 
 from __future__ import annotations
