@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paving import cli_circuit, cli_compare, cli_judge, cli_reproduce, cli_router, cli_utility
+from paving import cli_circuit, cli_compare, cli_contrast, cli_judge, cli_reproduce, cli_router, cli_utility
 from paving.terminal import AsJson, err, layers, one_line_errors, out
 
 # Before torch is imported: a waiting OpenMP thread spins briefly, then sleeps. Endless spinning (the default) makes
@@ -27,6 +27,7 @@ organism_app = typer.Typer(help="Model organisms: make a small model refuse caut
 app.add_typer(organism_app, name="organism")
 app.add_typer(cli_circuit.app, name="circuit")
 app.add_typer(cli_router.app, name="router")
+app.add_typer(cli_contrast.app, name="contrast")
 
 Cache = Annotated[Path | None, typer.Option(help="Where base traces are kept. Default: the user cache.")]
 CacheGib = Annotated[float, typer.Option(min=0, help="Most the trace cache may hold; beyond it, prompt KV is rebuilt.")]

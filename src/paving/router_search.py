@@ -16,8 +16,9 @@ from paving.controller.regated import with_gate
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import load_controller, read_description, save_controller
 from paving.prompts import CONTRAST_SETS, contrast_prompts, read_contrasts
+from paving.prompts.contrasts import pair_of
 from paving.prompts.leakage import near_or_equal
-from paving.prompts.types import Bucket, Prompt, SplitName, Splits
+from paving.prompts.types import Prompt, SplitName, Splits
 from paving.run import Means, recorded_split, split_of
 from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json
 from paving.run_rows import digest
@@ -106,8 +107,8 @@ def contrast_sets(source: str, apart: Sequence[Prompt]) -> tuple[dict[str, list[
     groups = {p.group.casefold() for p in apart}
     every = {p.id: p for pairs in named.values() for p in pairs}
     repeated = near_or_equal([p.text for p in every.values()], [p.text for p in apart])
-    bad = {_pair(p) for p in every.values() if p.group.casefold() in groups or p.text in repeated}
-    return {name: [p for p in pairs if _pair(p) not in bad] for name, pairs in named.items()}, len(bad)
+    bad = {pair_of(p) for p in every.values() if p.group.casefold() in groups or p.text in repeated}
+    return {name: [p for p in pairs if pair_of(p) not in bad] for name, pairs in named.items()}, len(bad)
 
 
 def keep_promise(
@@ -142,7 +143,3 @@ def _save(
     trained_on = read_description(run / "controller").get("trained_on", {})
     trained_on = trained_on | {"gate": record["why"], "promises": [p.sentence() for p in promised]}
     save_controller(controller, folder / "controller", {"trained_on": trained_on})
-
-
-def _pair(prompt: Prompt) -> str:
-    return prompt.id.removesuffix("-safe" if prompt.bucket is Bucket.EDIT else "-unsafe")

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paving.prompts.contrasts import groups_near
 from paving.prompts.types import Bucket, Prompt
 from paving.traces.prompt_states import PromptStates
 from paving.training import gate_search
@@ -79,10 +80,12 @@ def test_contrast_pairs_are_used_where_they_help():
 
 def test_no_prompt_is_scored_by_what_has_seen_its_group(monkeypatch):
     prompts = prompts_of(12)
-    # Groups as the prompts', but for case.
+    # Groups as the prompts', but for case; and pairs of another focus, drafted from a prompt's own words.
     pairs = [Prompt(f"c{i}", f"pair {i}", Bucket.EDIT, group=f"0-G{i}") for i in range(6)]
-    states = states_of([*prompts, *pairs], told_by=0)
+    drafted = [Prompt(f"d{i}-safe", prompts[i].text.upper(), Bucket.EDIT, group=f"word {i}") for i in range(6)]
+    states = states_of([*prompts, *pairs, *drafted], told_by=0)
     group_of = {states[p.id].last[0].numpy().tobytes(): p.group.casefold() for p in [*prompts, *pairs]}
+    group_of |= {states[d.id].last[0].numpy().tobytes(): p.group.casefold() for d, p in zip(drafted, prompts, strict=False)}
 
     class Spy:
         def fit(self, x, y):
@@ -103,7 +106,8 @@ def test_no_prompt_is_scored_by_what_has_seen_its_group(monkeypatch):
     monkeypatch.setattr(gate_search, "machine_of", lambda *_: Spy())
     monkeypatch.setattr(gate_search, "StandardScaler", Unscaled)
     read = ((0,), "last", "linear")
-    gate_search.out_of_fold(states, prompts, pairs, Bucket.HARMFUL_KEEP, read, FAST)
+    near = groups_near([*pairs, *drafted], prompts)
+    gate_search.out_of_fold(states, prompts, near, Bucket.HARMFUL_KEEP, read, FAST)
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=60), st.floats(0.001, 0.999))

@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from paving.controller.gate_machines import UNLIKE, Kernel, Machine, MachineShape
+from paving.prompts.contrasts import groups_near
 from paving.prompts.types import Bucket, Prompt
 from paving.traces.prompt_states import PromptStates
 
@@ -116,10 +117,11 @@ def search_gate(
     """
     check_groups(prompts, settings.folds)
     tried: dict[Tried, np.ndarray] = {}
+    near = {name: groups_near(pairs, prompts) for name, pairs in contrasts.items()}
     edit, harmful = (np.array([p.bucket is b for p in prompts]) for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP))
     options = list(itertools.product(layer_sets, settings.poolings, settings.kernels, ("none", *contrasts)))
     for layers, pooling, kernel, name in options:
-        pairs = contrasts.get(name, ())
+        pairs = near.get(name, {})
         scores = out_of_fold(states, prompts, pairs, Bucket.HARMFUL_KEEP, (layers, pooling, kernel), settings)
         both = edit | harmful
         labels, values = np.tile(edit[both], settings.shuffles), scores[:, both].ravel()
@@ -138,7 +140,7 @@ def search_gate(
     ranked = sorted(tried, key=lambda t: -t.partial_auc)
     best = ranked[0]
     read = (best.layers, best.pooling, best.kernel)
-    keep_scores = out_of_fold(states, prompts, (), Bucket.BENIGN_KEEP, read, settings)
+    keep_scores = out_of_fold(states, prompts, {}, Bucket.BENIGN_KEEP, read, settings)
     tick(1)
     opens = np.ones(tried[best].shape, dtype=bool)
     machines, shapes = [], []
@@ -170,14 +172,17 @@ Read = tuple[tuple[int, ...], str, Kernel]
 def out_of_fold(
     states: Mapping[str, PromptStates],
     prompts: Sequence[Prompt],
-    pairs: Sequence[Prompt],
+    pairs: Mapping[Prompt, frozenset[str]],
     keep: Bucket,
     read: Read,
     settings: GateSearch,
 ) -> np.ndarray:
-    """(shuffles, n) scores, each of a machine that has seen no prompt and no contrast of the row's group."""
+    """(shuffles, n) scores, each of a machine that has seen no prompt of the row's group, and no pair of it or like it.
+
+    pairs   a contrast pair's prompt -> the groups that it must not help to judge (prompts.contrasts.groups_near)
+    """
     layers, pooling, kernel = read
-    x, extra = features(states, prompts, layers, pooling), features(states, pairs, layers, pooling)
+    x, extra = features(states, prompts, layers, pooling), features(states, list(pairs), layers, pooling)
     learns = np.array([p.bucket in (Bucket.EDIT, keep) for p in prompts])
     y, y_extra = (np.array([p.bucket is Bucket.EDIT for p in rows], dtype=bool) for rows in (prompts, pairs))
     scores = np.zeros((settings.shuffles, len(prompts)))
@@ -185,7 +190,7 @@ def out_of_fold(
         fold = folds_of([p.group for p in prompts], settings.folds, settings.seed + shuffle)
         for k in range(settings.folds):
             left_out = {p.group.casefold() for p, f in zip(prompts, fold, strict=True) if f == k}
-            usable = np.array([p.group.casefold() not in left_out for p in pairs], dtype=bool)
+            usable = np.array([not near & left_out for near in pairs.values()], dtype=bool)
             seen = learns & (fold != k)
             rows, labels = np.concatenate([x[seen], extra[usable]]), np.concatenate([y[seen], y_extra[usable]])
             scale = StandardScaler().fit(rows)
