@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from paving.backbone import render_messages
+from paving.controller.conformal import PValues, Reference
 from paving.controller.paved_model import PavedModel
 from paving.intervention import RowState
 
@@ -29,7 +30,7 @@ def chat_loop(paved: PavedModel, console: Console, *, max_new_tokens: int, lines
             messages.append({"role": "user", "content": text})
             answer, row = turn(paved, messages, max_new_tokens)
             messages.append({"role": "assistant", "content": answer})
-            console.print(f"[dim]{describe(row)}[/]")
+            console.print(f"[dim]{describe(row, paved.controller.reference)}[/]")
             console.print(escape(answer))
         console.print("[bold]you>[/] ", end="")
 
@@ -41,12 +42,20 @@ def turn(paved: PavedModel, messages: list[dict[str, str]], max_new_tokens: int)
     return paved.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True), rows[0]
 
 
-def describe(row: RowState) -> str:
+def describe(row: RowState, reference: Reference | None = None) -> str:
     parts = [f"gate {row.gate:.3f} ({'open' if row.gate > 0 else 'closed'})"]
     if row.logit is not None:
         parts.append(f"logit {row.logit:+.2f}")
+        if reference is not None:
+            parts.append(evidence(reference.p_values(row.logit)))
     if row.veto is not None:
         parts.append(f"veto {'yes' if row.veto else 'no'}")
     if row.mixture is not None:
         parts.append("mixture " + " / ".join(f"{w:.2f}" for w in row.mixture))
     return ", ".join(parts)
+
+
+def evidence(p: PValues) -> str:
+    """`p(edit) 0.31, p(harmful keep) 0.03`: low speaks against the bucket."""
+    shown = ((name.replace("_", " "), value) for name, value in p._asdict().items())
+    return ", ".join(f"p({name}) {'n/a' if value is None else format(value, '.3f')}" for name, value in shown)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from paving.backbone import Backbone
+from paving.controller.conformal import reference_of
 from paving.controller.gates import Hard
 from paving.controller.regated import with_gate
 from paving.controller.residual_paving import ResidualPaving
@@ -74,6 +75,7 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -
     tick = means.stage("gates, out of fold", n_candidates + 1)
     found = search_gate(states, learned_from, contrasts, settings, sets, tick=tick)
     gated = with_gate(controller, found.machines, found.shapes, found.layers, found.pooling)
+    gated = replace(gated, reference=reference_of(found.logits[0].tolist(), learned_from, apart=False))
     promised: tuple[Promise, ...] = ()
     if promise is not None:
         gated, promised = keep_promise(backbone, gated, splits, promise)
@@ -121,6 +123,7 @@ def keep_promise(
     made = promises(logits, prompts, config)
     threshold = max(0.0, strictest(made))
     gated = controller.with_policy(Hard(threshold), name=controller.name)
+    gated = replace(gated, reference=reference_of(logits, prompts))
     return gated, kept_at(made, threshold, logits, prompts)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from paving.controller.gates import GatePolicy, Oracle, gate_policy
+from paving.controller.gates import GatePolicy, Oracle
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import checked_mixture
 from paving.evaluation.three_way import RowSpec
@@ -55,7 +55,7 @@ def row_policy(row: str, controller: ResidualPaving, has_veto: bool) -> tuple[Ga
     raises ValueError for a policy that is not known, and for a veto where there is none to apply.
     """
     name = row.removesuffix("+veto")
-    policy, use_veto = gate_policy(name, getattr(controller.policy, "threshold", 0.0)), name != row
+    policy, use_veto = controller.policy_named(name), name != row
     if use_veto and not policy.vetoable:
         raise ValueError(f"{row}: no veto goes with the {name} gate; allowed: soft+veto, hard+veto, thresholded+veto.")
     if use_veto and not has_veto:

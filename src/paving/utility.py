@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from paving.backbone import Backbone
-from paving.controller.gates import gate_policy
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import load_controller
 from paving.evaluation.utility import BASE, Answers, Settings, TaskUtility, Utility, compare_task, read_utility
@@ -64,7 +63,7 @@ def utility(
     def edited(backbone: Backbone) -> Row:
         controller = load_controller(folder / "controller", backbone)
         if policy is not None:
-            controller = controller.with_policy(gate_policy(policy, getattr(controller.policy, "threshold", 0.0)))
+            controller = controller.with_policy(controller.policy_named(policy))
         return Row(row_name(controller), controller, controller_state(folder, controller))
 
     settings = Settings(limit=limit, fewshot=fewshot, chat=chat, seed=config.training.seed, batch_size=batch_size)

@@ -61,8 +61,8 @@ def test_the_gate_closes_on_what_is_like_nothing_it_has_seen():
     machine = judged.machines[-1]
     x = torch.from_numpy(gate_search.features(states, [*prompts, strange], (2,), "last"))
     assert machine(x)[-1] < 0
-    near = gate_search.likeness(states, prompts, (2,), "last", 0.1)[2]
-    assert (~near[[p.bucket is Bucket.EDIT for p in prompts]]).sum() == 3  # a tenth of 30
+    logits = gate_search.likeness(states, prompts, (2,), "last", 0.1)[2]
+    assert (logits[[p.bucket is Bucket.EDIT for p in prompts]] <= 0).sum() == 3  # a tenth of 30
     known = [i for i, p in enumerate(prompts) if p.bucket is not Bucket.BENIGN_KEEP]
     assert (machine(x)[known] > 0).all()  # what it was fitted on is at no distance from itself
 

@@ -1,9 +1,11 @@
 """Residual Paving at inference: router, experts, gate policies, veto, oracle, save and load."""
 
 from paving.controller.config import ControllerConfig
+from paving.controller.conformal import PValues, Reference
 from paving.controller.gates import (
     AlwaysOpen,
     Closed,
+    Conformal,
     GatePolicy,
     Hard,
     Oracle,
@@ -21,13 +23,16 @@ from paving.controller.store import ControllerError, fresh_controller, load_cont
 __all__ = [
     "AlwaysOpen",
     "Closed",
+    "Conformal",
     "ControllerConfig",
     "ControllerError",
     "Decision",
     "GatePolicy",
     "Hard",
     "Oracle",
+    "PValues",
     "PavedModel",
+    "Reference",
     "ResidualPaving",
     "RouterMixture",
     "SingleExpert",

@@ -11,6 +11,8 @@ from torch import Tensor
 from paving.backbone import PromptBatch
 from paving.prompts.types import Bucket
 
+CONFORMAL = "conformal"  # conformal:ALPHA needs a controller's calibration logits, and is made by it
+
 
 class GatePolicy(Protocol):
     """logits: (n,) float32 gate logits. Returns (n,) float32 gates in [0, 1]. Only Oracle may read batch.bucket."""
@@ -50,6 +52,22 @@ class ThresholdedSoft:
 
     def gate(self, logits: Tensor, batch: PromptBatch) -> Tensor:
         return torch.sigmoid(logits) * (logits > self.threshold)
+
+
+@dataclass(frozen=True)
+class Conformal:
+    """Open where calibration's keeps would seldom score so high (controller.conformal.Reference.policy)."""
+
+    alpha: float
+    threshold: float
+    vetoable: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{CONFORMAL}:{self.alpha:g}"
+
+    def gate(self, logits: Tensor, batch: PromptBatch) -> Tensor:
+        return (logits > self.threshold).float()
 
 
 @dataclass(frozen=True)
@@ -157,7 +175,7 @@ def gate_policy(name: str, threshold: float) -> GatePolicy:
             return AlwaysOpen()
         case "oracle":
             return Oracle()
-    raise ValueError(f"gate policy {name!r} is not known; allowed: {', '.join(POLICY_NAMES)}.")
+    raise ValueError(f"gate policy {name!r} is not known; allowed: {', '.join(POLICY_NAMES)}, {CONFORMAL}:ALPHA.")
 
 
 def mixture_policy(name: str) -> MixturePolicy:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paving.backbone import EMBEDDED, Backbone, PromptBatch, as_backbone, load_backbone
 from paving.controller.card import write_card
-from paving.controller.gates import gate_policy
+from paving.controller.gates import Conformal
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import ControllerError, load_controller, read_description, save_controller
 from paving.intervention import RowState
@@ -110,10 +110,15 @@ class PavedModel(nn.Module):
             return applied.rows()
 
     def set_policy(self, name: str, *, threshold: float | None = None, use_veto: bool | None = None) -> PavedModel:
-        """Another gate policy from now on: soft, hard, thresholded, closed, open or oracle. Returns self."""
+        """Another gate policy from now on: soft, hard, thresholded, conformal:ALPHA, closed, open or oracle. Returns self.
+
+        raises ValueError for a name that is not known, and an alpha that the calibration cannot show
+        """
         # A policy without a threshold must not lose the calibrated one: what was promised rests on it.
-        self._threshold = getattr(self.controller.policy, "threshold", self._threshold) if threshold is None else threshold
-        policy = gate_policy(name, self._threshold)
+        if not isinstance(self.controller.policy, Conformal):  # whose threshold is its own
+            self._threshold = getattr(self.controller.policy, "threshold", self._threshold)
+        self._threshold = self._threshold if threshold is None else threshold
+        policy = self.controller.policy_named(name, self._threshold)
         self.controller = self.controller.with_policy(policy, use_veto=use_veto)
         return self
 

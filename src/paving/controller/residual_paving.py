@@ -13,7 +13,8 @@ from torch import Tensor
 from paving.backbone import Backbone, BackboneError, PromptBatch
 from paving.backbone.hooks import around_passes, edit_residuals
 from paving.controller.config import ControllerConfig
-from paving.controller.gates import GatePolicy, MixturePolicy, RouterMixture, ThresholdedSoft
+from paving.controller.conformal import Reference
+from paving.controller.gates import CONFORMAL, GatePolicy, MixturePolicy, RouterMixture, ThresholdedSoft, gate_policy
 from paving.controller.weights import ControllerWeights, Edit
 from paving.intervention import RowState
 from paving.traces.boundary import boundary_states
@@ -45,6 +46,7 @@ class ResidualPaving:
     policy    how the gate follows from the router's logit
     scale     s in eq. 2
     use_veto  whether the harmful-keep veto may close a gate (policies that ignore it: oracle, closed, open)
+    reference gate logits of calibration prompts, for p-values; None where none were kept
     """
 
     name: str
@@ -56,6 +58,23 @@ class ResidualPaving:
     mixture: MixturePolicy = field(default_factory=RouterMixture)
     scale: float = 8.0
     use_veto: bool = False
+    reference: Reference | None = None
+
+    def policy_named(self, name: str, threshold: float | None = None) -> GatePolicy:
+        """The policy that a user names, at `threshold` or the controller's own; `conformal:ALPHA` where it has a reference.
+
+        raises ValueError for a name that is not known, and where the calibration cannot show that alpha
+        """
+        kind, colon, alpha = name.partition(":")
+        if not (colon and kind == CONFORMAL):
+            return gate_policy(name, getattr(self.policy, "threshold", 0.0) if threshold is None else threshold)
+        if self.reference is None:
+            raise ValueError(f"{name}: this controller keeps no calibration logits, as it was made before they were kept.")
+        try:
+            level = float(alpha)
+        except ValueError:
+            raise ValueError(f"{name}: {alpha!r} is no number; write for example {CONFORMAL}:0.05.") from None
+        return self.reference.policy(level)
 
     def with_policy(self, policy: GatePolicy, *, name: str | None = None, use_veto: bool | None = None):
         return replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from paving.backbone import Backbone, BackboneError
 from paving.controller.config import ControllerConfig
-from paving.controller.gates import MixturePolicy, RouterMixture, SingleExpert, Uniform, gate_policy, mixture_policy
+from paving.controller.conformal import as_reference
+from paving.controller.gates import Closed, MixturePolicy, RouterMixture, SingleExpert, Uniform, mixture_policy
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.weights import ControllerWeights
 
@@ -45,6 +47,7 @@ def save_controller(controller: ResidualPaving, folder: Path, extra: Mapping[str
         "mixture": _mixture_name(controller.mixture),
         "scale": controller.scale,
         "use_veto": controller.use_veto,
+        **({"reference": asdict(controller.reference)} if controller.reference is not None else {}),
         **(extra or {}),
     }
     save_file(tensors, folder / (WEIGHTS_FILE + ".partial"))
@@ -80,22 +83,25 @@ def load_controller(folder: str | Path, backbone: Backbone) -> ResidualPaving:
     if missing or unexpected:
         raise ControllerError(f"{folder / WEIGHTS_FILE} lacks {missing} and has unknown {unexpected}; save it again.")
     try:
-        policy = gate_policy(description["policy"], description["threshold"])
         mixture = mixture_policy(description["mixture"])
+        reference = as_reference(description["reference"]) if "reference" in description else None
+        controller = ResidualPaving(
+            name="learned+veto" if description["use_veto"] else "learned",
+            config=config,
+            weights=weights,
+            base_name=base["name"],
+            base_fingerprint=base["fingerprint"],
+            policy=Closed(),
+            mixture=mixture,
+            scale=description["scale"],
+            use_veto=description["use_veto"],
+            reference=reference,
+        )
+        policy = controller.policy_named(description["policy"], description["threshold"])
     except ValueError as error:
         raise ControllerError(f"{folder / CONFIG_FILE} cannot be used: {error}") from error
     weights.eval().requires_grad_(False).to(backbone.device)
-    return ResidualPaving(
-        name="learned+veto" if description["use_veto"] else "learned",
-        config=config,
-        weights=weights,
-        base_name=base["name"],
-        base_fingerprint=base["fingerprint"],
-        policy=policy,
-        mixture=mixture,
-        scale=description["scale"],
-        use_veto=description["use_veto"],
-    )
+    return replace(controller, policy=policy)
 
 
 def read_description(folder: str | Path) -> dict:

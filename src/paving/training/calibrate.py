@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paving.backbone import Backbone
+from paving.controller.conformal import reference_of
 from paving.controller.gates import GatePolicy, Oracle, ThresholdedSoft, gate_policy
 from paving.controller.residual_paving import ResidualPaving
 from paving.generation import Decoding, generate
@@ -137,6 +138,7 @@ def calibrate(
     deployed = controller.with_scale(chosen.scale).with_policy(
         gate_policy(chosen.policy, threshold), name="learned+veto" if use_veto else "learned"
     )
+    deployed = replace(deployed, reference=reference_of(logits.tolist(), prompts))
     return Calibrated(deployed, threshold, tuple(points), chosen, promised)
 
 

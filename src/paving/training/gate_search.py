@@ -78,6 +78,7 @@ class FoundGate:
     """machines  whose columns count within the features of `layers` and `pooling`
     tried     best first
     opened    share of each bucket that opens out of fold, at the thresholds chosen
+    logits    (shuffles, n) of the gate out of fold, for the prompts that were searched with
     """
 
     layers: tuple[int, ...]
@@ -86,6 +87,7 @@ class FoundGate:
     shapes: tuple[MachineShape, ...]
     tried: tuple[Tried, ...]
     opened: Mapping[str, float]
+    logits: np.ndarray
 
     def why(self) -> str:
         best = self.tried[0]
@@ -142,7 +144,7 @@ def search_gate(
     read = (best.layers, best.pooling, best.kernel)
     keep_scores = out_of_fold(states, prompts, {}, Bucket.BENIGN_KEEP, read, settings)
     tick(1)
-    opens = np.ones(tried[best].shape, dtype=bool)
+    logits = np.full(tried[best].shape, np.inf)
     machines, shapes = [], []
     for keep, scores, pairs, share in (
         (Bucket.HARMFUL_KEEP, tried[best], contrasts.get(best.contrast, ()), settings.harmful),
@@ -156,14 +158,14 @@ def search_gate(
         machine.slope.fill_(slope)
         machines.append(machine)
         shapes.append(shape)
-        opens &= scores > threshold
+        logits = np.minimum(logits, slope * (scores - threshold))
     if settings.unlike is not None:
-        machine, shape, near = likeness(states, prompts, best.layers, best.pooling, settings.unlike)
+        machine, shape, alike = likeness(states, prompts, best.layers, best.pooling, settings.unlike)
         machines.append(machine)
         shapes.append(shape)
-        opens &= near
-    opened = {b.value: float(opens[:, np.array([p.bucket is b for p in prompts])].mean()) for b in Bucket}
-    return FoundGate(best.layers, best.pooling, tuple(machines), tuple(shapes), tuple(ranked), opened)
+        logits = np.minimum(logits, alike)
+    opened = {b.value: float((logits > 0)[:, np.array([p.bucket is b for p in prompts])].mean()) for b in Bucket}
+    return FoundGate(best.layers, best.pooling, tuple(machines), tuple(shapes), tuple(ranked), opened, logits)
 
 
 Read = tuple[tuple[int, ...], str, Kernel]
@@ -229,7 +231,7 @@ def fitted(
 def likeness(
     states: Mapping[str, PromptStates], prompts: Sequence[Prompt], layers: tuple[int, ...], pooling: str, share: float
 ) -> tuple[Machine, MachineShape, np.ndarray]:
-    """The machine that closes on prompts unlike edit prompts and harmful keeps, and (n,) which prompts it leaves open.
+    """The machine that closes on prompts unlike edit prompts and harmful keeps, and (n,) its logits for these.
 
     A prompt's distance is that to the nearest one of another group; `share` of the edit prompts are farther than the limit.
     """
@@ -251,7 +253,7 @@ def likeness(
     machine.support.copy_(rows[torch.from_numpy(known)])
     machine.threshold.fill_(-float(np.nextafter(limit, np.inf, dtype=np.float32)))
     machine.slope.fill_(float(1 / max(edit.std(), 1e-6)))
-    return machine, shape, distances <= limit
+    return machine, shape, float(machine.slope) * (-distances - float(machine.threshold))
 
 
 def machine_of(kernel: Kernel, n_columns: int) -> SVC | LogisticRegression:

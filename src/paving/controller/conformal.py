@@ -1,0 +1,111 @@
+"""Conformal p-values of a prompt: how its gate logit stands among those of calibration prompts of each bucket.
+
+p(harmful keep) = (1 + #{harmful keeps whose logit is at least the prompt's}) / (n + 1), and p(edit) the same from the other
+side (Vovk et al. 2005; Angelopoulos and Bates, arXiv 2107.07511). For a prompt drawn like the calibration's harmful keeps,
+P(p ≤ α) ≤ α on average over such draws: a weaker promise than `training.promise`, which holds with a stated confidence,
+and one that says something of every single prompt.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from paving.controller.gates import Conformal
+from paving.prompts.types import Bucket, Prompt
+
+Verdict = Literal["edit", "keep", "abstain"]
+
+
+class PValues(NamedTuple):
+    """Of one prompt, against each bucket; None for a bucket without calibration prompts.
+
+    A low one speaks against the bucket: "a prompt of it would seldom score like this".
+    """
+
+    edit: float | None
+    benign_keep: float | None
+    harmful_keep: float | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Gate logits of calibration prompts by bucket, sorted upwards. Prompts of one group count once: keeps by the highest
+    of their logits, edit prompts by the lowest.
+
+    apart  True: the gate was fitted without these prompts. False: each was scored by a gate fitted without its group
+           (cross-conformal), and what the p-values promise holds only nearly
+    """
+
+    edit: tuple[float, ...]
+    benign_keep: tuple[float, ...]
+    harmful_keep: tuple[float, ...]
+    apart: bool = True
+
+    def p_values(self, logit: float) -> PValues:
+        return PValues(
+            edit=_p(bisect_right(self.edit, logit), len(self.edit)),
+            benign_keep=_p(len(self.benign_keep) - bisect_left(self.benign_keep, logit), len(self.benign_keep)),
+            harmful_keep=_p(len(self.harmful_keep) - bisect_left(self.harmful_keep, logit), len(self.harmful_keep)),
+        )
+
+    def verdict(self, logit: float, alpha: float) -> Verdict:
+        """edit: no keep would often score so high; keep: nor would an edit prompt so low; abstain: both might. The gate of
+        `policy(alpha)` opens on `edit` and on nothing else."""
+        p = self.p_values(logit)
+        if all(keep is None or keep <= alpha for keep in (p.harmful_keep, p.benign_keep)):
+            return "edit"
+        return "keep" if p.edit is not None and p.edit <= alpha else "abstain"
+
+    def policy(self, alpha: float) -> Conformal:
+        """The gate that opens where p ≤ alpha for both kinds of keeps.
+
+        raises ValueError for alpha outside (0, 1), and where a bucket has too few prompts for any p that low
+        """
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha must lie between 0 and 1, both excluded; got {alpha:g}.")
+        keeps = (("harmful_keep", self.harmful_keep), ("benign_keep", self.benign_keep))
+        return Conformal(alpha, max(_threshold(logits, bucket, alpha) for bucket, logits in keeps))
+
+
+def reference_of(logits: Sequence[float], prompts: Sequence[Prompt], *, apart: bool = True) -> Reference:
+    """logits: (n,), the gate's, of the prompts. raises ValueError where the two do not match"""
+    best: dict[Bucket, dict[str, float]] = {b: {} for b in Bucket}
+    for logit, prompt in zip(logits, prompts, strict=True):
+        groups = best[prompt.bucket]
+        worst = min if prompt.bucket is Bucket.EDIT else max
+        groups[prompt.group] = worst(logit, groups.get(prompt.group, logit))
+    return Reference(**{b.value: tuple(sorted(groups.values())) for b, groups in best.items()}, apart=apart)
+
+
+def as_reference(saved: Mapping[str, object]) -> Reference:
+    """From JSON. raises ValueError for what is no reference"""
+    try:
+        logits = {b.value: tuple(float(x) for x in saved[b.value]) for b in Bucket}
+        found = Reference(**logits, apart=bool(saved["apart"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its calibration logits are damaged: {error!r}.") from error
+    if any(list(values) != sorted(values) for values in logits.values()):
+        raise ValueError("its calibration logits are damaged: they are not sorted.")
+    return found
+
+
+def _p(as_extreme: int, n: int) -> float | None:
+    return (1 + as_extreme) / (n + 1) if n else None
+
+
+def _threshold(logits: Sequence[float], bucket: str, alpha: float) -> float:
+    """The logit above which p ≤ alpha: at most k of the n reach a logit that passes, k = ⌊alpha (n + 1)⌋ − 1."""
+    n = len(logits)
+    if not n:
+        return float("-inf")
+    k = sum((1 + j) / (n + 1) <= alpha for j in range(n + 1)) - 1  # as p_values counts, to the last bit
+    if k < 0:
+        needed = next(m for m in range(n, 10**9) if 1 / (m + 1) <= alpha)
+        raise ValueError(
+            f"conformal:{alpha:g} needs {needed} groups of {bucket} prompts in calibration; there are {n}. "
+            f"The lowest alpha they can show is {1 / (n + 1):.3f}."
+        )
+    return logits[n - 1 - k] if k < n else float("-inf")
