@@ -16,6 +16,7 @@ from paving.generation import Decoding
 from paving.report.examples import REDACTED
 from paving.run import Means
 from paving.run_folder import RunError
+from paving.steering.weight_steering import WeightSteeringConfig
 from tiny_circuit_runs import WordJudge, tiny_circuit, write_circuit_files
 from tiny_models import tiny_backbone
 
@@ -334,3 +335,20 @@ def test_a_circuit_of_another_base_is_refused(files, tmp_path, means):
     other.tokenizer.save_pretrained(files / "base2")
     with pytest.raises(CircuitError, match="found on a base with fingerprint"):
         edit(folder, means)
+
+
+def test_weight_steering_has_fine_tunes_of_its_own(files, tmp_path, means, monkeypatch):
+    seen = []
+
+    def fitted(_backbone, _prompts, _openings, settings, **_):
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paving.circuit_run.rows.fit_weight_steering", fitted)
+    own = WeightSteeringConfig(epochs=1, learning_rate=3e-5)
+    config = tiny_circuit(files, weight_steering=own)
+    run_whole(files, tmp_path / "run", means, weight_steering=own)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "run", means, against=["ws"], judge=WordJudge())
+    assert seen == [own.model_copy(update={"seed": config.arithmetic.seed})]
+    assert config.arithmetic.learning_rate != own.learning_rate

@@ -13,6 +13,7 @@ from paving.circuit.mask import Scope
 from paving.circuit.objective import Reference
 from paving.evaluation.judges.named import judge_line
 from paving.generation import Decoding
+from paving.steering.weight_steering import WeightSteeringConfig
 
 
 class StrengthConfig(BaseModel):
@@ -49,6 +50,7 @@ class CircuitConfig(BaseModel):
     fraction     κ, of the channels of a layer or of all (scope)
     edges        take channels only from layers whose FFN stands in the greedy edge-level circuit of so many edges
     edge_pairs   how many training pairs that circuit is found on
+    weight_steering  the fine-tunes of the comparator WS: at a rate meant for slices, all weights together would break
     own_tokens   length of the base's own benign answers in the retain term
     seed         of the split, the references and the random circuit; arithmetic.seed is that of every fine-tune and of
                  the openings drawn for it (--seed sets both)
@@ -75,6 +77,7 @@ class CircuitConfig(BaseModel):
     edges: int | None = Field(None, ge=1)
     edge_pairs: int = Field(20, ge=1)
     arithmetic: ArithmeticConfig = ArithmeticConfig()
+    weight_steering: WeightSteeringConfig = WeightSteeringConfig()
     own_tokens: int = Field(24, ge=1)
     strength: StrengthConfig = StrengthConfig()
     decoding: Decoding = Decoding(max_new_tokens=50)

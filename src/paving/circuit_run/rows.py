@@ -22,10 +22,12 @@ from paving.run import Means
 from paving.steering.activation_steering import fit_activation_steering
 from paving.steering.behaviour import BehaviourConfig
 from paving.steering.cast import fit_cast
-from paving.steering.weight_steering import WeightSteering, WeightSteeringConfig, fit_weight_steering
+from paving.steering.weight_steering import WeightSteering, fit_weight_steering
 
 At = Callable[[float], Intervention]
 GAPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the distance between compliance and refusal, for AS and CAST
+
+WS_ALPHAS = (0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # every weight moves: less does as much
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,10 @@ def _conditional_steering(
 
 
 def _weight_steering(backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means) -> Fitted:
-    stage_2 = config.arithmetic
-    settings = WeightSteeringConfig(
-        epochs=stage_2.epochs, batch_size=stage_2.batch_size, learning_rate=stage_2.learning_rate, seed=stage_2.seed
-    )
+    settings = config.weight_steering.model_copy(update={"seed": config.arithmetic.seed})
     harmful = [p.harmful for p in train]
     delta = fit_weight_steering(backbone, harmful, openings_of(config), settings, say=means.say)
-    return Fitted(lambda a: WeightSteering(delta, a), config.strength.alphas)
+    return Fitted(lambda a: WeightSteering(delta, a), WS_ALPHAS)
 
 
 def _behaviour(config: CircuitConfig) -> BehaviourConfig:
