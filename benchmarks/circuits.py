@@ -37,6 +37,8 @@ from protocols import say, stage, watch
 CATEGORIES = ("crime_planning", "hate_speech", "health_consultation", "legal_opinion", "sexual_content")
 LIMIT = StrengthConfig().limit
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a34f8f", "#a96d00", "#56b4e9", "#5c6570")
+# Three times the paper's rate for a quarter of its epochs: a fine-tune of all weights costs what a run does.
+WEIGHT_STEERING = {"learning_rate": 3e-5, "epochs": 2}
 AGAINST = ("inverse", "random", "ws", "as", "cast")
 
 
@@ -51,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--against", nargs="*", choices=AGAINST, default=list(AGAINST), help="comparators, fitted as `selective` is"
     )
     parser.add_argument("--held-out", type=int, default=100, help="held-out pairs of a category")
-    parser.add_argument("--others", type=int, default=20, help="prompts of every other category and source")
-    parser.add_argument("--sweep-tokens", type=int, default=24, help="length of the answers that α is chosen by")
+    parser.add_argument("--others", type=int, default=10, help="prompts of every other category and source")
+    parser.add_argument("--calibration", type=int, default=60, help="pairs that α is chosen by")
+    parser.add_argument("--sweep-tokens", type=int, default=16, help="length of the answers that α is chosen by")
+    parser.add_argument("--published-pairs", type=int, default=300, help="pairs of the published recipe, 16 epochs of them")
     parser.add_argument("--finished", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -73,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, means: Means) -> None:
     folder = args.out / f"{category}-seed{seed}-{recipe}"
-    if (folder / "metrics.json").exists():
+    against = args.against if recipe == "selective" else ()
+    if (folder / "metrics.json").exists() and not set(against) - set(metrics_of(folder).frontier):
         return
     say(f"--- {category}, seed {seed}: {recipe}")
     find(configuration(args, category, seed, recipe), folder, means)
@@ -83,7 +88,11 @@ def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, mea
         say(str(error))
         return
     ood = [f"{args.data / name}.jsonl" for name in ("saladbench", "harmbench")]
-    evaluate(folder, means, against=args.against if recipe == "selective" else (), ood=ood)
+    evaluate(folder, means, against=against, ood=ood)
+
+
+def metrics_of(folder: Path) -> PolicyMetrics:
+    return PolicyMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
 def configuration(args: argparse.Namespace, category: str, seed: int, recipe: str) -> CircuitConfig:
@@ -95,7 +104,10 @@ def configuration(args: argparse.Namespace, category: str, seed: int, recipe: st
         "category": category,
         "seed": seed,
         "attributed": 48,
+        "calibration": args.calibration,
+        "limit": args.published_pairs if recipe == "published" else None,
         "arithmetic": {"seed": seed},
+        "weight_steering": WEIGHT_STEERING,
         "strength": {"max_new_tokens": args.sweep_tokens},
     }
     return CircuitConfig.model_validate(with_recipe(content, recipe))
@@ -118,7 +130,7 @@ def measured(out: Path, categories: Sequence[str], seeds: Sequence[int]) -> Iter
     for category, seed, recipe in product(categories, seeds, RECIPES):
         folder = out / f"{category}-seed{seed}-{recipe}"
         if (folder / "metrics.json").exists():
-            metrics = PolicyMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8"))
+            metrics = metrics_of(folder)
             yield Run(category, seed, recipe, metrics, metrics.frontier)
         elif (folder / "strengths.json").exists() and not (folder / "delta").exists():
             _, points = read_strengths(folder / "strengths.json")

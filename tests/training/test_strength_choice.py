@@ -62,6 +62,10 @@ def test_a_sweep_begins_with_the_base_and_ends_where_nothing_could_be_chosen():
     assert [p.strength for p in points] == [0.0, 1.0, 2.0] and asked == [1.0, 2.0]
     assert (points[0].n_harmful, points[0].harmful_refused, points[0].n_benign, points[0].benign_refused) == (3, 3, 2, 0)
     assert points[-1].over_refusal == 1.0
+    asked.clear()
+    known = point(0.0, 1, 0, n=3)  # the base of another sweep over the same prompts is not asked again
+    assert sweep(backbone, harmful, benign, at, [1.0], labels_of, Decoding(max_new_tokens=2), base=known)[0] is known
+    assert asked == [1.0]
 
 
 def test_a_side_without_prompts_is_refused():

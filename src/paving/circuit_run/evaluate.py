@@ -85,7 +85,7 @@ def evaluate(
     frontier = {EDIT: frontier_points(curve, delta.alpha)}
     for other in others:
         fitting = _Fitting(other, backbone, config, train, folder, means)
-        points = _points(fitting, calibration, judge)
+        points = _points(fitting, calibration, judge, curve[0])
         best = choose_strength(points, config.strength.limit)
         frontier[other.name] = frontier_points(points, best and best.strength)
         if best is not None:
@@ -201,12 +201,14 @@ class _Deferred:
         return self.fitting.fitted.at(self.strength).apply(backbone, batch)
 
 
-def _points(fitting: _Fitting, calibration: Sequence[Pair], judge: Judge | None) -> Sequence[StrengthPoint]:
+def _points(
+    fitting: _Fitting, calibration: Sequence[Pair], judge: Judge | None, base: StrengthPoint
+) -> Sequence[StrengthPoint]:
     """The comparator on the calibration pairs, strength by strength; kept in comparators/NAME.json."""
 
     def measure() -> Sequence[StrengthPoint]:
-        found = fitting.fitted
-        return strengths_of(fitting.backbone, fitting.config, calibration, found.at, found.strengths, fitting.means, judge)
+        found, config, means = fitting.fitted, fitting.config, fitting.means
+        return strengths_of(fitting.backbone, config, calibration, found.at, found.strengths, means, judge, base)
 
     path = fitting.folder / "comparators" / f"{fitting.name}.json"
     return kept_strengths(path, judged_by(fitting.config, judge), measure)

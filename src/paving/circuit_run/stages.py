@@ -217,6 +217,7 @@ def strengths_of(
     strengths: Sequence[float],
     means: Means,
     judge: Judge | None = None,
+    base: StrengthPoint | None = None,
 ) -> tuple[StrengthPoint, ...]:
     """The same rule for every method: refusal and over-refusal on the calibration pairs, strength by strength."""
     labels = labels_of(judge or means.judge(config.judge))
@@ -224,7 +225,7 @@ def strengths_of(
     decoding = config.decoding if shorter is None else Decoding(max_new_tokens=shorter)
     harmful, benign = harmful_prompts(calibration), benign_prompts(calibration)
     enough = config.strength.enough
-    return sweep(backbone, harmful, benign, at, strengths, labels, decoding, enough=enough, stage=means.stage)
+    return sweep(backbone, harmful, benign, at, strengths, labels, decoding, enough=enough, base=base, stage=means.stage)
 
 
 def calibration_point(chosen: StrengthPoint | None) -> dict[str, object]:

@@ -48,20 +48,22 @@ def sweep(
     decoding: Decoding,
     *,
     enough: float = 0.5,
+    base: StrengthPoint | None = None,
     stage: Stage = silent,
 ) -> tuple[StrengthPoint, ...]:
     """The base, then every strength in ascending order until over-refusal passes `enough`: beyond it nothing is chosen.
 
     at      strength -> the edit at that strength
+    base    the point of strength 0, where another sweep over the same prompts has measured it
     raises  ValueError without prompts on either side
     """
     if not harmful or not benign:
         raise ValueError(
             f"strengths are compared on calibration prompts; there are {len(harmful)} harmful and {len(benign)} benign."
         )
-    ordered = [0.0, *sorted(set(strengths) - {0.0})]
+    points = [] if base is None else [base]
+    ordered = [*([0.0] if base is None else []), *sorted(set(strengths) - {0.0})]
     tick = stage("strengths on the calibration split", len(ordered))
-    points: list[StrengthPoint] = []
     for strength in ordered:
         answers = generate(backbone, [*benign, *harmful], at(strength) if strength else Identity(), decoding)
         labels = list(labels_of(answers))
