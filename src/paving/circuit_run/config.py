@@ -91,15 +91,15 @@ class CircuitConfig(BaseModel):
 
 
 # What --recipe lays over a configuration, setting by setting. `published` is the paper's; `selective` keeps the base's
-# benign answers while it learns to refuse, and leaves θ− out. It rests on one category so far (docs/circuits.md).
+# benign answers while it learns to refuse, and leaves θ− out (how it was found: docs/circuits.md).
 RECIPES: dict[str, dict] = {
     "published": {
         "arithmetic": ArithmeticConfig().model_dump(include={"retain", "learning_rate", "epochs", "minus"}),
     },
     "selective": {
-        "arithmetic": {"retain": "kl", "learning_rate": 2e-4, "epochs": 3, "minus": False},
+        "arithmetic": {"retain": "kl", "retain_weight": 2.0, "learning_rate": 2e-3, "epochs": 1, "minus": False},
         "own_tokens": 8,
-        "strength": {"alphas": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]},
+        "strength": {"alphas": [0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.25]},
     },
 }
 
