@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from circuits import CATEGORIES, LIMIT, reached
+from circuits import CATEGORIES, LIMIT, finished, reached
 from paving.circuit_run import CircuitConfig, edit, find
 from paving.circuit_run.config import with_recipe
 from paving.circuit_run.evaluate import frontier_points
@@ -45,6 +45,8 @@ VARIANTS: dict[str, tuple[Mapping, bool]] = {
     "3 epochs at 2e-4, weight 1": (SLOW, False),
 }
 
+SLUGS = {name: "-".join("".join(c if c.isalnum() and c.isascii() else " " for c in name).split()) for name in VARIANTS}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,7 +60,7 @@ def main() -> None:
     means = Means.default(stage=stage, watch=watch, say=say)
     found = {}
     for name in args.only:
-        folder = args.out / f"{args.category}-{list(VARIANTS).index(name)}"
+        folder = args.out / f"{args.category}-{SLUGS[name]}"
         if not args.finished:
             say(f"--- {name}")
             measure(name, args, folder, means)
@@ -84,7 +86,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path, means: Means) -> 
             say(str(error))
         return read_strengths(folder / "strengths.json")[1]
 
-    if not (folder / "curve.json").exists():
+    if not finished(folder / "curve.json", config):
         folder.mkdir(parents=True, exist_ok=True)
         kept_strengths(folder / "curve.json", config.judge, curve)
 

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find
 from paving.circuit_run.config import RECIPES, with_recipe
 from paving.circuit_run.evaluate import EDIT, frontier_points
+from paving.circuit_run.folder import read_circuit_config
 from paving.circuit_run.stages import read_strengths
 from paving.evaluation.refusal_policy import FrontierPoint, PolicyMetrics
 from paving.evaluation.results import Rate
@@ -78,10 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, means: Means) -> None:
     folder = args.out / f"{category}-seed{seed}-{recipe}"
     against = args.against if recipe == "selective" else ()
-    if (folder / "metrics.json").exists() and not set(against) - set(metrics_of(folder).frontier):
+    config = configuration(args, category, seed, recipe)
+    if finished(folder / "metrics.json", config) and not set(against) - set(metrics_of(folder).frontier):
         return
     say(f"--- {category}, seed {seed}: {recipe}")
-    find(configuration(args, category, seed, recipe), folder, means)
+    find(config, folder, means)
     try:
         edit(folder, means)
     except RunError as error:  # no α keeps to the limit: the curve stands in strengths.json, and that is the result
@@ -89,6 +91,14 @@ def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, mea
         return
     ood = [f"{args.data / name}.jsonl" for name in ("saladbench", "harmbench")]
     evaluate(folder, means, against=against, ood=ood)
+
+
+def finished(result: Path, config: CircuitConfig) -> bool:
+    """Whether a run folder has its result. Stops where it is one of another configuration: that recipe's figures are not
+    this one's."""
+    if result.exists() and read_circuit_config(result.parent) != config:
+        sys.exit(f"{result.parent} was measured with other settings; move it away, or give another --out.")
+    return result.exists()
 
 
 def metrics_of(folder: Path) -> PolicyMetrics:

@@ -47,7 +47,7 @@ def describe(row: RowState, reference: Reference | None = None) -> str:
     if row.logit is not None:
         parts.append(f"logit {row.logit:+.2f}")
         if reference is not None:
-            parts.append(evidence(reference.p_values(row.logit)))
+            parts.append(evidence(reference.p_values(row.logit)) + ("" if reference.apart else " (out of fold)"))
     if row.veto is not None:
         parts.append(f"veto {'yes' if row.veto else 'no'}")
     if row.mixture is not None:

@@ -132,7 +132,9 @@ def train(
 @one_line_errors
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
-    policy: Annotated[list[str] | None, typer.Option(help="Further rows by gate: soft, soft+veto, hard, open, ...")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Further rows by gate: soft, soft+veto, conformal:0.05, open, ...")
+    ] = None,
     mixture: Annotated[list[str] | None, typer.Option(help="Further rows by mixture: uniform, expert:0, ...")] = None,
     judge: Annotated[str | None, typer.Option(help="Judge the answers by another judge, into RUN/judges/.")] = None,
     device: Device = "auto",
@@ -222,7 +224,7 @@ def diagnose(
 def chat(
     folder: Annotated[Path, typer.Argument(help="Run folder or controller folder.")],
     model: Annotated[str | None, typer.Option(help="The base, if it moved since training.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Gate policy for this chat: soft, hard, thresholded, closed.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Gate policy: soft, hard, thresholded, conformal:0.05, closed.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     device: Device = "auto",
 ) -> None:

@@ -21,7 +21,9 @@ def utility(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions of each subtask.")] = None,
     fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question. Default: the task's.")] = None,
     include_path: Annotated[list[Path] | None, typer.Option(help="Folder with further task files.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Another gate policy: soft, hard, thresholded, closed, open.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Another gate policy: soft, hard, conformal:0.05, closed, open ...")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat/--plain", help="Ask in the model's chat template, or in bare text.")] = True,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     force: Annotated[bool, typer.Option(help="Replace answers that were asked otherwise before.")] = False,

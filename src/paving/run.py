@@ -13,7 +13,7 @@ from pathlib import Path
 
 from paving.backbone import Backbone, cache_dir, load_backbone
 from paving.controller.card import write_card
-from paving.controller.gates import Oracle
+from paving.controller.gates import Oracle, is_mixture
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import fresh_controller, load_controller, read_description, save_controller
 from paving.evaluation.comparison import Comparison, read_comparison
@@ -212,7 +212,7 @@ def with_earlier_rows(
         with suppress(FileNotFoundError, ValueError):  # absent; damaged, or of another version
             rows = Metrics.model_validate_json(path.read_text(encoding="utf-8")).rows
             earlier += [r.name for r in rows if r.name not in standard]
-    mixed = [name for name in earlier if name == "uniform" or ":" in name]
+    mixed = [name for name in earlier if is_mixture(name)]
     return [*[n for n in earlier if n not in mixed], *policies], [*mixed, *mixtures]
 
 

@@ -57,7 +57,7 @@ def row_policy(row: str, controller: ResidualPaving, has_veto: bool) -> tuple[Ga
     name = row.removesuffix("+veto")
     policy, use_veto = controller.policy_named(name), name != row
     if use_veto and not policy.vetoable:
-        raise ValueError(f"{row}: no veto goes with the {name} gate; allowed: soft+veto, hard+veto, thresholded+veto.")
+        raise ValueError(f"{row}: no veto goes with the {name} gate; it goes with soft, hard, thresholded, conformal:ALPHA.")
     if use_veto and not has_veto:
         raise ValueError(f"{row}: this controller has no fitted veto. Leave out +veto.")
     return policy, use_veto

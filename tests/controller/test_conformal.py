@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from paving.chat import describe
@@ -23,6 +23,12 @@ from tiny_runs import WordJudge, tiny_run
 
 LOGITS = st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=40)
 ALPHA = st.floats(0.01, 0.99)
+
+
+def alike(*logits):
+    """Both kinds of keeps score so, and the one edit prompt below whatever is asked about."""
+    keeps = tuple(sorted(logits))
+    return Reference((-1e6,), keeps, keeps)
 
 
 def harmful(*logits):
@@ -41,12 +47,14 @@ def test_of_exchangeable_prompts_no_more_than_alpha_get_a_p_value_that_low(logit
 
 
 @given(LOGITS, LOGITS, LOGITS, ALPHA, st.floats(-9, 9, width=32))
+@example([5.0], [0.0] * 20, [0.0] * 20, 0.5, 4.0)  # above every keep, and below every edit prompt
 def test_the_gate_opens_on_the_verdict_edit_and_on_nothing_else(edit, benign, keeps, alpha, logit):
     reference = Reference(*(tuple(sorted(x)) for x in (edit, benign, keeps)))
     try:
         policy = reference.policy(alpha)
     except ValueError as error:
         assert "needs" in str(error) and min(len(benign), len(keeps)) + 1 < 1 / alpha + 1e-9
+        assert not any(reference.verdict(at, alpha) == "edit" for at in (logit, *edit, *benign, *keeps))
         return
     for at in (logit, *edit, *benign, *keeps):
         opens = bool(policy.gate(torch.tensor([at], dtype=torch.float32), None)[0])
@@ -58,22 +66,37 @@ def test_p_values_and_verdicts_by_hand():
     assert reference.p_values(1.0) == (0.5, 0.5, 0.4)  # ties count against either side
     assert reference.p_values(5.0) == (1.0, 0.5, 0.2)
     assert reference.p_values(-9.0) == (0.25, 1.0, 1.0)
-    assert [reference.verdict(x, 0.5) for x in (5.0, 0.5, -9.0)] == ["edit", "edit", "keep"]
+    assert [reference.verdict(x, 0.5) for x in (5.0, 0.5, -9.0)] == ["edit", "abstain", "keep"]  # 0.5: like neither
     assert [reference.verdict(x, 0.3) for x in (5.0, 0.5, -9.0)] == ["abstain", "keep", "keep"]  # benign: n = 1, p ≥ 0.5
     assert harmful(0.0).p_values(1.0) == (None, None, 0.5)
-    assert Reference((0.0,), (), ()).verdict(-1.0, 0.5) == "edit"  # no keeps, nothing speaks against the edit
+    assert Reference((0.0,), (), ()).verdict(9.0, 0.5) == "abstain"  # of keeps nothing is known
+    with pytest.raises(ValueError, match="needs 1 groups of harmful_keep prompts in calibration; there are 0"):
+        Reference((0.0,), (0.0,), ()).policy(0.5)
+    with pytest.raises(ValueError, match="needs edit prompts in calibration"):
+        Reference((), (0.0,), (0.0,)).policy(0.5)
+
+
+def test_a_gate_that_learned_from_its_calibration_prompts_shows_p_values_and_makes_no_gate_of_them():
+    reference = Reference((0.0,), (0.0,), (0.0,), apart=False)
+    assert reference.p_values(1.0).harmful_keep == 0.5
+    with pytest.raises(ValueError, match="searched for with its calibration prompts"):
+        reference.policy(0.5)
 
 
 def test_too_few_prompts_and_alphas_that_are_none_are_one_clear_error(backbone):
-    with pytest.raises(ValueError, match=r"0.05 needs 19 groups of harmful_keep prompts in calibration; there are 2"):
-        harmful(0.0, 1.0).policy(0.05)
-    assert harmful(*range(19)).policy(0.05) == Conformal(0.05, 18)
+    with pytest.raises(ValueError, match=r"0.05 needs 19 groups of harmful_keep prompts in calibration; there are 2,"):
+        alike(0.0, 1.0).policy(0.05)
+    assert alike(*range(19)).policy(0.05) == Conformal(0.05, 18)
+    for n in (1, 2, 28, 29):  # the lowest alpha that the message names is one that can be had
+        with pytest.raises(ValueError, match="at the lowest") as told:
+            alike(*range(n)).policy(0.9 / (n + 1))
+        assert alike(*range(n)).policy(float(str(told.value).split("can show ")[1].split()[0]))
     with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
-        harmful(0.0).policy(1.0)
-    controller = replace(lively(backbone), reference=harmful(0.0))
+        alike(0.0).policy(1.0)
+    controller = replace(lively(backbone), reference=alike(0.0))
     with pytest.raises(ValueError, match=r"'often' is no number; write for example conformal:0.05"):
         controller.policy_named("conformal:often")
-    with pytest.raises(ValueError, match="keeps no calibration logits"):
+    with pytest.raises(ValueError, match="before calibration logits were kept"):
         lively(backbone).policy_named("conformal:0.5")
     with pytest.raises(ValueError, match="conformal:ALPHA"):
         controller.policy_named("conformal")
@@ -89,14 +112,15 @@ def test_a_group_counts_once_by_its_worst_logit():
 
 
 def test_it_is_saved_with_the_controller_and_names_its_policy(backbone, tmp_path):
-    reference = Reference((0.1, 2.5), (-3.0,), (-1.5, -0.1), apart=False)
-    controller = replace(lively(backbone), reference=reference)
-    controller = controller.with_policy(controller.policy_named("conformal:0.5"))
+    reference = Reference((0.1, 2.5), (-3.0, -2.0), (-1.5, -0.1))
+    controller = replace(lively(backbone, policy=Hard(0.7)), reference=reference)
+    controller = controller.with_policy(controller.policy_named(f"conformal:{1 / 3!r}"))
     loaded = load_controller(save_controller(controller, tmp_path), backbone)
-    assert (loaded.reference, loaded.policy) == (reference, Conformal(0.5, -0.1))
+    assert (loaded.reference, loaded.policy) == (reference, controller.policy)
+    assert loaded.policy.threshold == pytest.approx(0.1) and loaded.policy_named("hard") == Hard(0.7)
     assert load_controller(save_controller(lively(backbone), tmp_path / "old"), backbone).reference is None
     path = tmp_path / "controller.json"
-    for damage in ({"edit": [2.0, 1.0]}, {"edit": "x"}, {"apart": None, "edit": None}):
+    for damage in ({"edit": [2.0, 1.0]}, {"edit": "x"}, {"edit": None}, {"apart": None}, {"apart": "false"}):
         saved = json.loads(path.read_text(encoding="utf-8"))
         saved["reference"] |= damage
         path.with_name("x").mkdir(exist_ok=True)
@@ -107,9 +131,12 @@ def test_it_is_saved_with_the_controller_and_names_its_policy(backbone, tmp_path
 
 
 def test_another_policy_and_back_keeps_the_calibrated_threshold(backbone):
-    controller = replace(lively(backbone, policy=Hard(0.7)), reference=harmful(-1.0, 3.0))
+    controller = replace(lively(backbone, policy=Hard(0.7)), reference=alike(-1.0, 3.0))
     model = PavedModel(backbone, controller).set_policy("conformal:0.5")
-    assert model.controller.policy == Conformal(0.5, 3.0)
+    assert model.controller.policy == Conformal(0.5, 3.0, calibrated=0.7)
+    assert model.set_policy("soft").set_policy("conformal:0.5").controller.policy.calibrated == 0.7
+    with pytest.raises(ValueError, match="leave `threshold` out"):
+        model.set_policy("conformal:0.5", threshold=1.0)
     assert model.set_policy("hard").controller.policy == Hard(0.7)
 
 
@@ -124,9 +151,10 @@ def test_a_run_and_its_searched_gate_have_one_of_their_own(tmp_path):
     config, means = tiny_run(tmp_path)
     trained = train(config, tmp_path / "run", means, WordJudge())
     assert trained.reference.apart
-    assert {len(trained.reference.edit), len(trained.reference.harmful_keep)} - {0}
+    assert trained.reference.edit and trained.reference.harmful_keep and trained.reference.benign_keep
     metrics = evaluate(tmp_path / "run", means, judge=WordJudge(), policies=["conformal:0.5"])
     assert "conformal:0.5" in {row.name for row in metrics.rows}
+    assert evaluate(tmp_path / "run", means, judge=WordJudge()) == metrics  # the row stays, as what it is
     settings = GateSearch(layers=((1,),), poolings=("last",), kernels=("linear",), contrast="none", folds=2, shuffles=1)
     search_router(tmp_path / "run", tmp_path / "new", settings, means)
     backbone = means.load(config.model, config.dtype)

@@ -8,12 +8,15 @@ and one that says something of every single prompt.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from paving.controller.gates import Conformal
+import numpy as np
+
+from paving.controller.gates import CONFORMAL, Conformal
 from paving.prompts.types import Bucket, Prompt
 
 Verdict = Literal["edit", "keep", "abstain"]
@@ -52,22 +55,37 @@ class Reference:
         )
 
     def verdict(self, logit: float, alpha: float) -> Verdict:
-        """edit: no keep would often score so high; keep: nor would an edit prompt so low; abstain: both might. The gate of
-        `policy(alpha)` opens on `edit` and on nothing else."""
+        """edit: no keep would often score so high, and edit prompts do; keep: no edit prompt would often score so low, and
+        keeps do; abstain: it might be either, or is like neither. The gate of `policy(alpha)` opens on `edit` alone."""
         p = self.p_values(logit)
-        if all(keep is None or keep <= alpha for keep in (p.harmful_keep, p.benign_keep)):
-            return "edit"
-        return "keep" if p.edit is not None and p.edit <= alpha else "abstain"
+        if None in p:
+            return "abstain"
+        no_edit, no_keep = p.edit <= alpha, max(p.benign_keep, p.harmful_keep) <= alpha
+        if no_edit == no_keep:
+            return "abstain"
+        return "edit" if no_keep else "keep"
 
     def policy(self, alpha: float) -> Conformal:
-        """The gate that opens where p ≤ alpha for both kinds of keeps.
+        """The gate that opens where p ≤ alpha for both kinds of keeps and not for edit prompts.
 
-        raises ValueError for alpha outside (0, 1), and where a bucket has too few prompts for any p that low
+        raises ValueError for alpha outside (0, 1), where a bucket has too few prompts for any p that low, and where
+        the gate has learned from the prompts it is held against: what alpha says would not hold
         """
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must lie between 0 and 1, both excluded; got {alpha:g}.")
+        if not self.apart:
+            raise ValueError(
+                f"{CONFORMAL}:{alpha:g}: this gate was searched for with its calibration prompts, so that alpha would not "
+                "hold. Search in a run that keeps them apart (paving train --promise ...), or use the hard gate."
+            )
+        if not self.edit:
+            raise ValueError(f"{CONFORMAL}:{alpha:g} needs edit prompts in calibration; there are none.")
         keeps = (("harmful_keep", self.harmful_keep), ("benign_keep", self.benign_keep))
-        return Conformal(alpha, max(_threshold(logits, bucket, alpha) for bucket, logits in keeps))
+        above = max(_threshold(logits, bucket, alpha) for bucket, logits in keeps)
+        k = _rejected(len(self.edit), alpha)
+        if 0 <= k < len(self.edit):  # below this logit p(edit) ≤ alpha; at it the gate may open
+            above = max(above, float(np.nextafter(np.float32(self.edit[k]), np.float32(-np.inf))))
+        return Conformal(alpha, above)
 
 
 def reference_of(logits: Sequence[float], prompts: Sequence[Prompt], *, apart: bool = True) -> Reference:
@@ -84,9 +102,11 @@ def as_reference(saved: Mapping[str, object]) -> Reference:
     """From JSON. raises ValueError for what is no reference"""
     try:
         logits = {b.value: tuple(float(x) for x in saved[b.value]) for b in Bucket}
-        found = Reference(**logits, apart=bool(saved["apart"]))
+        found = Reference(**logits, apart=saved["apart"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"its calibration logits are damaged: {error!r}.") from error
+    if not isinstance(found.apart, bool):
+        raise ValueError(f"its calibration logits are damaged: apart is {found.apart!r}, neither true nor false.")
     if any(list(values) != sorted(values) for values in logits.values()):
         raise ValueError("its calibration logits are damaged: they are not sorted.")
     return found
@@ -96,16 +116,18 @@ def _p(as_extreme: int, n: int) -> float | None:
     return (1 + as_extreme) / (n + 1) if n else None
 
 
+def _rejected(n: int, alpha: float) -> int:
+    """How many of n may be as extreme as a logit whose p is still at most alpha; -1: no p is that low."""
+    return sum((1 + k) / (n + 1) <= alpha for k in range(n + 1)) - 1  # as p_values counts, to the last bit
+
+
 def _threshold(logits: Sequence[float], bucket: str, alpha: float) -> float:
-    """The logit above which p ≤ alpha: at most k of the n reach a logit that passes, k = ⌊alpha (n + 1)⌋ − 1."""
+    """The logit above which p ≤ alpha for a bucket of keeps."""
     n = len(logits)
-    if not n:
-        return float("-inf")
-    k = sum((1 + j) / (n + 1) <= alpha for j in range(n + 1)) - 1  # as p_values counts, to the last bit
+    k = _rejected(n, alpha)
     if k < 0:
-        needed = next(m for m in range(n, 10**9) if 1 / (m + 1) <= alpha)
         raise ValueError(
-            f"conformal:{alpha:g} needs {needed} groups of {bucket} prompts in calibration; there are {n}. "
-            f"The lowest alpha they can show is {1 / (n + 1):.3f}."
+            f"{CONFORMAL}:{alpha:g} needs {math.ceil(1 / alpha) - 1} groups of {bucket} prompts in calibration; there are "
+            f"{n}, which can show {math.ceil(1000 / (n + 1)) / 1000} at the lowest."
         )
-    return logits[n - 1 - k] if k < n else float("-inf")
+    return logits[n - 1 - k]

@@ -60,11 +60,12 @@ class Conformal:
 
     alpha: float
     threshold: float
+    calibrated: float = 0.0  # the threshold of the policies that have one, for the way back to them
     vetoable: bool = True
 
     @property
     def name(self) -> str:
-        return f"{CONFORMAL}:{self.alpha:g}"
+        return f"{CONFORMAL}:{self.alpha!r}"  # to the last digit: a loaded controller makes its threshold of it
 
     def gate(self, logits: Tensor, batch: PromptBatch) -> Tensor:
         return (logits > self.threshold).float()
@@ -154,6 +155,11 @@ def _check_expert(expert: int, weights: Tensor) -> None:
         raise ValueError(f"expert {expert} does not exist: the controller has experts 0..{weights.shape[1] - 1}.")
 
 
+def is_mixture(name: str) -> bool:
+    """Whether a row's name is one that `mixture_policy` takes and not a gate policy."""
+    return name in ("router", "uniform") or name.startswith(("expert:", "without:"))
+
+
 POLICY_NAMES = ("soft", "hard", "thresholded", "closed", "open", "oracle")
 
 
@@ -175,7 +181,7 @@ def gate_policy(name: str, threshold: float) -> GatePolicy:
             return AlwaysOpen()
         case "oracle":
             return Oracle()
-    raise ValueError(f"gate policy {name!r} is not known; allowed: {', '.join(POLICY_NAMES)}, {CONFORMAL}:ALPHA.")
+    raise ValueError(f"gate policy {name!r} is not known; allowed: {', '.join(POLICY_NAMES)}.")
 
 
 def mixture_policy(name: str) -> MixturePolicy:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paving.backbone import EMBEDDED, Backbone, PromptBatch, as_backbone, load_backbone
 from paving.controller.card import write_card
-from paving.controller.gates import Conformal
+from paving.controller.gates import CONFORMAL
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import ControllerError, load_controller, read_description, save_controller
 from paving.intervention import RowState
@@ -33,7 +33,7 @@ class PavedModel(nn.Module):
         self.tokenizer = backbone.tokenizer
         self.controller = controller
         self._backbone = backbone
-        self._threshold = getattr(controller.policy, "threshold", 0.0)
+        self._threshold = controller.threshold
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -115,8 +115,10 @@ class PavedModel(nn.Module):
         raises ValueError for a name that is not known, and an alpha that the calibration cannot show
         """
         # A policy without a threshold must not lose the calibrated one: what was promised rests on it.
-        if not isinstance(self.controller.policy, Conformal):  # whose threshold is its own
-            self._threshold = getattr(self.controller.policy, "threshold", self._threshold)
+        if threshold is not None and name.startswith(CONFORMAL):
+            raise ValueError(f"{name} makes its threshold of the calibration; leave `threshold` out.")
+        if hasattr(self.controller.policy, "threshold"):
+            self._threshold = self.controller.threshold
         self._threshold = self._threshold if threshold is None else threshold
         policy = self.controller.policy_named(name, self._threshold)
         self.controller = self.controller.with_policy(policy, use_veto=use_veto)

@@ -27,7 +27,8 @@ def with_gate(
     """`controller` with its gate decided by machines on the features of `layers` and `pooling`; weights are copied.
 
     It reads what it read before as well, for mixture and veto. The gate is hard: experts were fitted for a gate near 1 on
-    edit prompts, and a machine's margin says how sure it is, not how much edit a prompt needs. The veto stays as it is.
+    edit prompts, and a machine's margin says how sure it is, not how much edit a prompt needs. The veto stays as it is;
+    p-values of the old gate do not.
     """
     old = controller.config
     poolings = [p for p in ("last", "mean") if p in old.pooling or p in pooling]
@@ -48,7 +49,7 @@ def with_gate(
     for machine, target in zip(machines, weights.gate.machines, strict=True):
         target.load_state_dict(machine.state_dict() | {"columns": mine[machine.columns]})
     weights.to(controller.weights.veto.bias.device).eval().requires_grad_(False)
-    return replace(controller, config=config, weights=weights, policy=Hard(0.0))
+    return replace(controller, config=config, weights=weights, policy=Hard(0.0), reference=None)
 
 
 def columns(config: ControllerConfig, layers: Sequence[int], pooling: str, d_model: int) -> Tensor:

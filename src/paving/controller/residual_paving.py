@@ -60,21 +60,33 @@ class ResidualPaving:
     use_veto: bool = False
     reference: Reference | None = None
 
+    @property
+    def threshold(self) -> float:
+        """The calibrated one, of the policies that have one; 0 under a policy that knows none."""
+        return getattr(self.policy, "calibrated", getattr(self.policy, "threshold", 0.0))
+
     def policy_named(self, name: str, threshold: float | None = None) -> GatePolicy:
-        """The policy that a user names, at `threshold` or the controller's own; `conformal:ALPHA` where it has a reference.
+        """The policy that a user names, at `threshold` or the calibrated one; `conformal:ALPHA` where there is a reference.
 
         raises ValueError for a name that is not known, and where the calibration cannot show that alpha
         """
+        threshold = self.threshold if threshold is None else threshold
         kind, colon, alpha = name.partition(":")
         if not (colon and kind == CONFORMAL):
-            return gate_policy(name, getattr(self.policy, "threshold", 0.0) if threshold is None else threshold)
+            try:
+                return gate_policy(name, threshold)
+            except ValueError as error:
+                raise ValueError(f"{str(error).removesuffix('.')}, {CONFORMAL}:ALPHA.") from None
         if self.reference is None:
-            raise ValueError(f"{name}: this controller keeps no calibration logits, as it was made before they were kept.")
+            raise ValueError(
+                f"{name}: this controller was made before calibration logits were kept. Train, or search for the gate, "
+                "again in a new folder."
+            )
         try:
             level = float(alpha)
         except ValueError:
             raise ValueError(f"{name}: {alpha!r} is no number; write for example {CONFORMAL}:0.05.") from None
-        return self.reference.policy(level)
+        return replace(self.reference.policy(level), calibrated=threshold)
 
     def with_policy(self, policy: GatePolicy, *, name: str | None = None, use_veto: bool | None = None):
         return replace(

@@ -43,7 +43,7 @@ def save_controller(controller: ResidualPaving, folder: Path, extra: Mapping[str
         "base": {"name": controller.base_name, "fingerprint": controller.base_fingerprint, **_shape(controller)},
         "config": controller.config.model_dump(mode="json"),
         "policy": controller.policy.name,
-        "threshold": getattr(controller.policy, "threshold", 0.0),
+        "threshold": controller.threshold,
         "mixture": _mixture_name(controller.mixture),
         "scale": controller.scale,
         "use_veto": controller.use_veto,
@@ -120,6 +120,8 @@ def read_description(folder: str | Path) -> dict:
         raise ControllerError(f"{path} has format {found}; this version reads format {FORMAT}.")
     base = description.get("base")
     missing = [key for key in FIELDS if key not in description]
+    if not missing and not (isinstance(description["policy"], str) and isinstance(description["threshold"], int | float)):
+        raise ControllerError(f"{path} names no gate policy and threshold, so it is damaged. Save or download it again.")
     missing += [f"base.{key}" for key in BASE_FIELDS if not isinstance(base, dict) or key not in base]
     if missing:
         raise ControllerError(f"{path} lacks {', '.join(missing)}, so it is damaged. Save or download it again.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -130,14 +130,16 @@ def write_drafts(drafts: Sequence[Draft], path: str | Path) -> None:
 
 
 def undecided(drafts: str | Path, decided: str | Path) -> tuple[Draft, ...]:
-    """The drafts of one file whose ids do not stand in the other, where what a person decided is kept."""
-    done = {pair["id"] for pair in read_pairs(decided)} if Path(decided).exists() else set()
+    """The drafts of one file that are not decided in the other; an id alone says little, as rows may be numbered anew."""
+    if Path(decided).exists() and Path(decided).samefile(drafts):
+        raise PromptError(f"{decided} is the file of drafts itself; give another --out for what is decided.")
+    done = {_of(pair) for pair in read_pairs(decided) if pair.get("decision")} if Path(decided).exists() else set()
     names = Draft.__dataclass_fields__
     found = []
     for pair in read_pairs(drafts):
         if set(names) - set(pair):
             raise PromptError(f"{drafts}: {pair['id']!r} is no draft; make a file of them with `paving contrast draft`.")
-        if pair["id"] not in done:
+        if _of(pair) not in done:
             found.append(Draft(**{name: pair[name] for name in names}))
     return tuple(found)
 
@@ -145,5 +147,11 @@ def undecided(drafts: str | Path, decided: str | Path) -> tuple[Draft, ...]:
 def decide(draft: Draft, decision: Decision, decided: str | Path, *, unsafe: str | None = None) -> None:
     """Append what a person decided; on disk before this returns. unsafe: their own words for that side."""
     pair = asdict(draft if unsafe is None else replace(draft, unsafe=unsafe.strip())) | {"decision": decision}
-    with Path(decided).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+    path = Path(decided)
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")  # editors leave the last line open
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("" if whole else "\n") + json.dumps(pair, ensure_ascii=False) + "\n")
+
+
+def _of(pair: Mapping[str, object]) -> tuple[object, object, object]:
+    return pair["id"], pair["safe"], pair.get("template")
