@@ -33,6 +33,8 @@ SLOW = {"arithmetic": {"learning_rate": 2e-4, "epochs": 3, "retain_weight": 1.0}
 VARIANTS: dict[str, tuple[Mapping, bool]] = {
     "selective": ({}, False),
     "selective, random channels": ({}, True),
+    "κ = 6 %": ({"fraction": 0.06}, False),
+    "κ = 6 %, random channels": ({"fraction": 0.06}, True),
     "κ = 3 %": (NARROW, False),
     "κ = 3 %, random channels": (NARROW, True),
     "κ = 3 %, rows (`outputs`)": (NARROW | {"attribution": {"reading": "outputs"}}, False),

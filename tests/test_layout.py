@@ -14,7 +14,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # From the top of the house to its foundations. A part may import parts of its own tier and of those below it.
 TIERS = (
-    ("cli", "cli_circuit", "cli_compare", "cli_contrast", "cli_judge", "cli_reproduce", "cli_router", "cli_utility", "demo"),
+    (
+        "cli",
+        "cli_circuit",
+        "cli_compare",
+        "cli_contrast",
+        "cli_judge",
+        "cli_reproduce",
+        "cli_router",
+        "cli_serve",
+        "cli_utility",
+        "demo",
+    ),
     ("reproduce", "circuit_run", "compare"),
     (
         "terminal",

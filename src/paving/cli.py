@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paving import cli_circuit, cli_compare, cli_contrast, cli_judge, cli_reproduce, cli_router, cli_utility
+from paving import cli_circuit, cli_compare, cli_contrast, cli_judge, cli_reproduce, cli_router, cli_serve, cli_utility
 from paving.terminal import AsJson, err, layers, one_line_errors, out
 
 # Before torch is imported: a waiting OpenMP thread spins briefly, then sleeps. Endless spinning (the default) makes
@@ -264,6 +264,7 @@ def models(as_json: AsJson = False) -> None:
 judging = (cli_judge.judge, cli_judge.agree, cli_judge.sample)
 for command in (cli_compare.compare, *judging, cli_reproduce.reproduce, cli_utility.utility):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True})(cli_serve.serve)
 
 
 # --- from options to configuration ------------------------------------------------------------------------------

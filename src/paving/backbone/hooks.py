@@ -194,3 +194,19 @@ def contiguous_head_input(backbone: Backbone) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def behind_blocks(blocks: Mapping[int, nn.Module], then: Callable[[int, Any], None]) -> None:
+    """For good: `then(layer, output)` behind every pass of each block, its output as the block returns it.
+
+    For a model that is an engine's own and is edited for as long as it lives; elsewhere a context manager restores it.
+    """
+
+    def hook_for(layer: int):
+        def hook(_module, _inputs, output):
+            then(layer, output)
+
+        return hook
+
+    for layer, block in blocks.items():
+        block.register_forward_hook(hook_for(layer))

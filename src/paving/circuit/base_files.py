@@ -73,11 +73,14 @@ def first_difference(
     return next((names[layer] for layer, own in slices if not same_bits(own, wanted[layer])), None)
 
 
-def fingerprint_of_files(checkpoint: Checkpoint, delta: Delta) -> str:
-    """What Backbone.fingerprint would be, without loading the model: names from its configuration, weights from files."""
+def fingerprint_of_files(checkpoint: Checkpoint, delta: Delta | None = None) -> str:
+    """What Backbone.fingerprint would be, without loading the model: names from its configuration, weights from files.
+
+    raises CircuitError for a folder that is no whole checkpoint, and where a weight that `delta` edits is tied to another
+    """
     model = _without_weights(checkpoint)
     tied = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    edited = {line.parameter for line in delta.description.layers}
+    edited = {line.parameter for line in delta.description.layers} if delta is not None else set()
     parameters = {}
     for parameter, value in model.named_parameters():
         name = stored_name(checkpoint.tensors, parameter)

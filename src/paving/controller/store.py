@@ -62,14 +62,22 @@ def load_controller(folder: str | Path, backbone: Backbone) -> ResidualPaving:
 
     raises ControllerError for a missing or damaged file or another format, BackboneError for another base.
     """
+    controller = read_controller(folder)
+    if controller.base_fingerprint != backbone.fingerprint:
+        raise BackboneError(
+            f"{folder} was trained for {controller.base_name} (fingerprint {controller.base_fingerprint}), but the model at "
+            f"hand is {backbone.name} (fingerprint {backbone.fingerprint}). Load {controller.base_name}, or train for "
+            f"{backbone.name}."
+        )
+    controller.weights.to(backbone.device)
+    return controller
+
+
+def read_controller(folder: str | Path) -> ResidualPaving:
+    """A controller by itself, on the CPU, for whoever holds its base to other proof. raises ControllerError"""
     description = read_description(folder)
     folder = Path(folder)
     base = description["base"]
-    if base["fingerprint"] != backbone.fingerprint:
-        raise BackboneError(
-            f"{folder} was trained for {base['name']} (fingerprint {base['fingerprint']}), but the model at hand is "
-            f"{backbone.name} (fingerprint {backbone.fingerprint}). Load {base['name']}, or train for {backbone.name}."
-        )
     try:
         config = ControllerConfig.model_validate(description["config"])
         weights = ControllerWeights(config, base["d_model"], base["n_layers"])
@@ -100,7 +108,7 @@ def load_controller(folder: str | Path, backbone: Backbone) -> ResidualPaving:
         policy = controller.policy_named(description["policy"], description["threshold"])
     except ValueError as error:
         raise ControllerError(f"{folder / CONFIG_FILE} cannot be used: {error}") from error
-    weights.eval().requires_grad_(False).to(backbone.device)
+    weights.eval().requires_grad_(False)
     return replace(controller, policy=policy)
 
 

