@@ -26,7 +26,7 @@ from paving.controller.paved_model import controller_folder
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import read_controller
 from paving.serving.command import CONTROLLER
-from paving.serving.served import Served, checked_policy
+from paving.serving.served import DEFAULT, Served, checked_policy
 from paving.serving.steps import spans_of
 
 POLICY = "paving_policy"
@@ -132,10 +132,15 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
 def _validate(old: Callable, controller: ResidualPaving) -> Callable:
     """A policy that no request may ask for is the user's error, HTTP 400, before anything is scheduled."""
 
+    from vllm.exceptions import VLLMValidationError
+
     def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         asked = (getattr(params, "extra_args", None) or {}).get(POLICY)
-        if asked is not None and asked != "default":
-            checked_policy(controller, asked)
+        if asked is not None and asked != DEFAULT:
+            try:
+                checked_policy(controller, asked)
+            except ValueError as error:
+                raise VLLMValidationError(str(error), parameter=POLICY, value=asked) from None
         return old(self, params, *args, **kwargs)
 
     return validate
