@@ -27,20 +27,20 @@ from paving.run_folder import RunError
 from paving.training.strength import StrengthPoint
 from protocols import say, stage, watch
 
-NARROW = {"fraction": 0.03}
+NARROW, WIDE = {"fraction": 0.03}, {"fraction": 0.15}
 SLOW = {"arithmetic": {"learning_rate": 2e-4, "epochs": 3, "retain_weight": 1.0}}
 # name -> (settings laid over the recipe's, whether on random channels)
 VARIANTS: dict[str, tuple[Mapping, bool]] = {
     "selective": ({}, False),
     "selective, random channels": ({}, True),
-    "κ = 6 %": ({"fraction": 0.06}, False),
-    "κ = 6 %, random channels": ({"fraction": 0.06}, True),
     "κ = 3 %": (NARROW, False),
     "κ = 3 %, random channels": (NARROW, True),
-    "κ = 3 %, rows (`outputs`)": (NARROW | {"attribution": {"reading": "outputs"}}, False),
-    "κ = 3 %, signed attribution": (NARROW | {"attribution": {"signed": True}}, False),
-    "κ = 3 %, chosen over all layers": (NARROW | {"scope": "global"}, False),
-    "κ = 3 %, layers of an edge-level circuit": (NARROW | {"edges": 2000}, False),
+    "κ = 15 %": (WIDE, False),
+    "κ = 15 %, random channels": (WIDE, True),
+    "rows (`outputs`)": ({"attribution": {"reading": "outputs"}}, False),
+    "signed attribution": ({"attribution": {"signed": True}}, False),
+    "chosen over all layers": ({"scope": "global"}, False),
+    "layers of an edge-level circuit": ({"edges": 2000}, False),
     "no retain term": ({"arithmetic": {"retain": "none"}}, False),
     "retain by cross-entropy": ({"arithmetic": {"retain": "ce"}}, False),
     "with θ−": ({"arithmetic": {"minus": True}}, False),

@@ -1,10 +1,12 @@
 """A vLLM engine in a process of its own, for the tests: JSON of what to ask on stdin, JSON of the answers in a file.
 
-{"model": FOLDER, "options": {...}, "max_tokens": N, "out": FILE, "rounds": [{"prompts": [[ids]], "policies": [name]}]}
+{"model": FOLDER, "options": {...}, "max_tokens": N, "out": FILE, "preempt_at": [steps],
+"rounds": [{"prompts": [[ids]], "policies": [name]}]}
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -12,25 +14,29 @@ import sys
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
+def preempt_at(scheduler, steps) -> list[str]:
+    """At these steps all that runs is pushed out and begins again. Returns who was, as it happens."""
+    schedule, preempt, preempted, count = scheduler.schedule, scheduler._preempt_request, [], itertools.count()
+
+    def noted(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    def scheduled(*args, **kwargs):
+        if next(count) in steps:
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        return schedule(*args, **kwargs)
+
+    scheduler._preempt_request, scheduler.schedule = noted, scheduled
+    return preempted
+
+
 def main() -> None:
     asked = json.load(sys.stdin)
     import vllm
 
     engine = vllm.LLM(model=asked["model"], **asked["options"])
-    seen: dict[str, float] = {}
-
-    def gates(worker: object) -> None:
-        served = getattr(worker.model_runner, "_paving", None)
-        if served is not None:
-            old = served.finish
-
-            def finish(requests):
-                seen.update({r: served.requests[r].state.gate for r in requests if r in served.requests})
-                old(requests)
-
-            served.finish = finish
-
-    engine.llm_engine.model_executor.collective_rpc(gates)
+    preempted = preempt_at(engine.llm_engine.engine_core.engine_core.scheduler, asked.get("preempt_at", ()))
     rounds = []
     for one in asked["rounds"]:
         params = [
@@ -54,7 +60,7 @@ def main() -> None:
             ]
         )
     with open(asked["out"], "w", encoding="utf-8") as file:
-        json.dump({"rounds": rounds, "gates": seen}, file)
+        json.dump({"rounds": rounds, "preempted": len(preempted)}, file)
 
 
 if __name__ == "__main__":

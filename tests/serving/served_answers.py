@@ -17,7 +17,7 @@ TEXTS = (
     "Why is the sky blue at noon and red in the evening? Please explain it to a child of ten years.",
     "Who wrote Moby-Dick?",
 )
-TOKENS = 12
+TOKENS = 28  # so that answers fill blocks of 32 tokens
 EARLY = ControllerConfig(route_layers=(2, 4), edit_layers=tuple(range(6, 30)))
 LATE = ControllerConfig(route_layers=(8, 12), edit_layers=tuple(range(6, 30)))
 

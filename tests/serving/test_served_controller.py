@@ -18,7 +18,7 @@ from paving.backbone import EMBEDDED, Backbone, load_backbone, render_ids
 from paving.backbone.embedded import embedded_checkpoint
 from paving.controller import save_controller
 
-OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, "block_size": 16}
+OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8, "block_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,14 @@ def backbone() -> Backbone:
 
 
 def served(
-    tmp_path: Path, controller: Path | None, rounds: list[tuple[list[list[int]], list[str | None]]], **options
-) -> list:
-    """rounds: (prompts, policies), one after another on one engine."""
+    tmp_path: Path, controller: Path | None, rounds: list[tuple[list[list[int]], list[str | None]]], preempt_at=(), **options
+) -> tuple[list, int]:
+    """(answers of every round, how often a request was preempted). rounds: (prompts, policies), on one engine."""
     asked = {
         "model": str(embedded_checkpoint()),
         "options": OPTIONS | options,
         "max_tokens": TOKENS,
+        "preempt_at": preempt_at,
         "rounds": [{"prompts": prompts, "policies": policies} for prompts, policies in rounds],
         "out": str(tmp_path / "out.json"),
     }
@@ -43,7 +44,8 @@ def served(
         [sys.executable, str(script)], input=json.dumps(asked), text=True, capture_output=True, env=env, timeout=570
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rounds"]
+    said = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    return said["rounds"], said["preempted"]
 
 
 def tokens(answers: list[dict]) -> list[list[int]]:
@@ -63,10 +65,10 @@ def test_open_rows_are_as_in_transformers_and_closed_rows_have_plain_vllms_bits(
     by = {policy: expected(backbone, controller, policy) for policy in ("closed", None, "soft")}
     # What edited answers leave in the prefix cache must not be met by a later prompt that repeats them.
     longer = [p + answer for p, answer in zip(prompts, by[None], strict=True)]
-    found = served(
+    found, _ = served(
         tmp_path, folder, [(prompts, ["closed"] * n), (prompts, [None] * n), (prompts, mixed), (longer, ["closed"] * n)]
     )
-    plain, plain_longer = served(tmp_path, None, [(prompts, [None] * n), (longer, [None] * n)])
+    (plain, plain_longer), _ = served(tmp_path, None, [(prompts, [None] * n), (longer, [None] * n)])
     assert found[0] == plain and tokens(found[3]) == tokens(plain_longer)
     for a, b in zip(found[3], plain_longer, strict=True):
         assert a["log_probs"] == pytest.approx(b["log_probs"], abs=1e-3)  # edited states would be off by whole nats
@@ -81,8 +83,10 @@ def test_chunked_prompts_and_preempted_answers_are_as_whole_ones(backbone, promp
     controller = controller_of(backbone, config)
     folder = save_controller(controller, tmp_path / "c")
     # Chunks of 16 tokens, and so few blocks that requests push each other out and begin again.
-    few = {"max_num_batched_tokens": 16, "num_gpu_blocks_override": 14}
-    (found,) = served(tmp_path, folder, [(prompts, [None] * len(TEXTS))], **few)
+    asked = [(prompts, [None] * len(TEXTS))]
+    # All that runs is pushed out and begins again, once with prompts half read and once in the middle of answers.
+    (found,), preempted = served(tmp_path, folder, asked, preempt_at=(4, 30), max_num_batched_tokens=16)
+    assert preempted >= 2
     assert tokens(found) == expected(backbone, controller, None)
 
 
