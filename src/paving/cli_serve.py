@@ -28,5 +28,6 @@ def serve(
     from paving.serving.command import server_command
 
     command, environment = server_command(run, model=model, host=host, port=port, extra=context.args)
-    say(f"serving with {environment['PAVING_CONTROLLER']}: {' '.join(command[1:])}")
+    # Not the whole command: an API key may be in it.
+    say(f"serving {command[4]} with {environment['PAVING_CONTROLLER']} on http://{host}:{port}")
     os.execvpe(command[0], command, environment)

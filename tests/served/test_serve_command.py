@@ -28,10 +28,12 @@ def test_what_the_controller_needs_is_asked_of_the_server(tmp_path, installed, p
     backbone = tiny_backbone()
     config = MEAN.model_copy(update={"pooling": pooling})
     folder = save_controller(lively(backbone, config), tmp_path / "c")
+    (tmp_path / "base").mkdir()
     line, environment = command.server_command(
-        folder, model="some/base", host="127.0.0.1", port=8123, extra=["--api-key", "x"]
+        folder, model=str(tmp_path / "base"), host="127.0.0.1", port=8123, extra=["--api-key", "x"]
     )
-    assert line[:4] == [sys.executable, "-m", command.SERVER, "--model"] and line[4] == "some/base"
+    assert line[:4] == [sys.executable, "-m", command.SERVER, "--model"] and line[4] == str(tmp_path / "base")
+    assert environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     assert "--enforce-eager" in line and line[-2:] == ["--api-key", "x"]
     assert ("--no-enable-prefix-caching" in line) == (pooling == "mean")
     assert environment["PAVING_CONTROLLER"] == str(folder.resolve()) and environment.keys() > {"PATH"}
@@ -53,11 +55,24 @@ def test_without_vllm_the_way_to_it_is_told(tmp_path, monkeypatch):
         command.server_command(folder, model=None, host="127.0.0.1", port=1)
 
 
+def test_a_base_that_is_not_here_is_refused_before_a_server_starts(tmp_path, installed, monkeypatch):
+    folder = save_controller(lively(tiny_backbone()), tmp_path / "c")
+    for base in ("nobody/nothing-here", "no such folder"):
+        with pytest.raises(ControllerError, match="is no folder and not among the downloaded models"):
+            command.server_command(folder, model=base, host="127.0.0.1", port=1)
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(ControllerError, match="would serve without the controller"):
+        command.server_command(folder, model=str(tmp_path), host="127.0.0.1", port=1)
+
+
 def test_the_command_hands_over_and_passes_vllms_own_options_on(tmp_path, installed, monkeypatch):
     folder = save_controller(lively(tiny_backbone()), tmp_path / "c")
     handed = []
     monkeypatch.setattr("os.execvpe", lambda *a: handed.append(a))
-    result = CliRunner().invoke(app, ["serve", str(folder), "--port", "8001", "--", "--max-model-len", "512"])
+    result = CliRunner().invoke(
+        app, ["serve", str(folder), "--model", str(tmp_path), "--port", "8001", "--", "--api-key", "s3"]
+    )
     assert result.exit_code == 0, result.output
-    assert handed[0][1][-2:] == ["--max-model-len", "512"] and handed[0][2]["PAVING_CONTROLLER"] == str(folder.resolve())
+    assert "s3" not in result.output  # what was started is said, secrets are not
+    assert handed[0][1][-2:] == ["--api-key", "s3"] and handed[0][2]["PAVING_CONTROLLER"] == str(folder.resolve())
     assert CliRunner().invoke(app, ["serve", str(tmp_path / "nowhere")]).exit_code == 1

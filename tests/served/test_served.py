@@ -78,6 +78,13 @@ def by_itself(controller, resid: torch.Tensor, prompt: int) -> tuple[torch.Tenso
     return edited, decision.rows()[0]
 
 
+def by_itself_before(controller, decide, resid, prompt):
+    """`by_itself` with the controller's own `decide`, where another was put in its place."""
+    with pytest.MonkeyPatch.context() as undo:
+        undo.setattr(type(controller), "decide", decide)
+        return by_itself(controller, resid, prompt)
+
+
 def collected(found, name, tokens):
     return torch.stack([found[name, t] for t in range(tokens)], dim=1)
 
@@ -147,11 +154,16 @@ def test_what_no_request_may_ask_for_is_refused_and_stays_closed_if_it_comes_thr
 
 def test_a_gate_that_cannot_be_decided_stays_closed(controller, monkeypatch, caplog):
     engine = Engine(controller, {"a": 4, "b": 3})
-    monkeypatch.setattr(type(controller), "decide", lambda *_: 1 / 0)
+    decide, wrong = type(controller).decide, iter([True, False])
+    monkeypatch.setattr(type(controller), "decide", lambda self, z, batch: 1 / 0 if next(wrong) else decide(self, z, batch))
     found = engine.step(("a", 0, 4), ("b", 0, 3))
     resid = engine.resid["a"][:, 3]
     assert torch.equal(found["a", 3], (resid - resid / 4) + resid / 4)
-    assert engine.served.requests["a"].state == CLOSED and "no gate could be decided" in caplog.text
+    assert engine.served.requests["a"].state == CLOSED and "no gate could be decided for a" in caplog.text
+    edited, _ = by_itself_before(controller, decide, engine.resid["b"][:, :3], 3)  # its neighbour is none the worse
+    torch.testing.assert_close(collected(found, "b", 3), edited, rtol=1e-4, atol=1e-4)
+    engine.served.close_step()
+    assert all(request.strength is None for request in engine.served.requests.values())
 
 
 def test_a_prompt_whose_beginning_was_not_seen_is_not_averaged(controller, caplog):

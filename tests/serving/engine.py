@@ -14,20 +14,23 @@ import sys
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def preempt_at(scheduler, steps) -> list[str]:
-    """At these steps all that runs is pushed out and begins again. Returns who was, as it happens."""
-    schedule, preempt, preempted, count = scheduler.schedule, scheduler._preempt_request, [], itertools.count()
-
-    def noted(request, *args, **kwargs):
-        preempted.append(request.request_id)
-        return preempt(request, *args, **kwargs)
+def preempt_at(scheduler, steps) -> list[int]:
+    """At these steps all that runs is pushed out and begins again. Returns at which it happened, one entry a request."""
+    schedule, preempt, preempted, step = scheduler.schedule, scheduler._preempt_request, [], itertools.count()
 
     def scheduled(*args, **kwargs):
-        if next(count) in steps:
+        now = next(step)
+
+        def noted(*args, **kwargs):
+            preempted.append(now)
+            return preempt(*args, **kwargs)
+
+        scheduler._preempt_request = noted
+        if now in steps:
             scheduler.reset_prefix_cache(reset_running_requests=True)
         return schedule(*args, **kwargs)
 
-    scheduler._preempt_request, scheduler.schedule = noted, scheduled
+    scheduler.schedule = scheduled
     return preempted
 
 
@@ -60,7 +63,7 @@ def main() -> None:
             ]
         )
     with open(asked["out"], "w", encoding="utf-8") as file:
-        json.dump({"rounds": rounds, "preempted": len(preempted)}, file)
+        json.dump({"rounds": rounds, "preempted": preempted}, file)
 
 
 if __name__ == "__main__":

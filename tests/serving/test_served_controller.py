@@ -28,8 +28,8 @@ def backbone() -> Backbone:
 
 def served(
     tmp_path: Path, controller: Path | None, rounds: list[tuple[list[list[int]], list[str | None]]], preempt_at=(), **options
-) -> tuple[list, int]:
-    """(answers of every round, how often a request was preempted). rounds: (prompts, policies), on one engine."""
+) -> tuple[list, list[int]]:
+    """(answers of every round, steps at which requests were preempted). rounds: (prompts, policies), on one engine."""
     asked = {
         "model": str(embedded_checkpoint()),
         "options": OPTIONS | options,
@@ -83,11 +83,13 @@ def test_chunked_prompts_and_preempted_answers_are_as_whole_ones(backbone, promp
     controller = controller_of(backbone, config)
     folder = save_controller(controller, tmp_path / "c")
     # Chunks of 16 tokens, and so few blocks that requests push each other out and begin again.
-    asked = [(prompts, [None] * len(TEXTS))]
+    policies = ["closed" if i in (0, 3) else None for i in range(len(TEXTS))]  # closed rows beside open ones
     # All that runs is pushed out and begins again, once with prompts half read and once in the middle of answers.
-    (found,), preempted = served(tmp_path, folder, asked, preempt_at=(4, 30), max_num_batched_tokens=16)
-    assert preempted >= 2
-    assert tokens(found) == expected(backbone, controller, None)
+    (found,), preempted = served(tmp_path, folder, [(prompts, policies)], preempt_at=(4, 30), max_num_batched_tokens=16)
+    assert set(preempted) == {4, 30}
+    by = {policy: expected(backbone, controller, policy) for policy in ("closed", None)}
+    assert tokens(found) == [by[policy][i] for i, policy in enumerate(policies)]
+    assert sum(by[None][i] != by["closed"][i] for i, policy in enumerate(policies) if policy is None) >= 2
 
 
 @pytest.mark.parametrize("what", ["another base", "damaged"])

