@@ -83,7 +83,7 @@ def test_chunked_prompts_and_preempted_answers_are_as_whole_ones(backbone, promp
     controller = controller_of(backbone, config)
     folder = save_controller(controller, tmp_path / "c")
     # Chunks of 16 tokens, and so few blocks that requests push each other out and begin again.
-    policies = ["closed" if i in (0, 3) else None for i in range(len(TEXTS))]  # closed rows beside open ones
+    policies = ["closed" if i in (3, 4) else None for i in range(len(TEXTS))]  # closed rows beside open ones
     # All that runs is pushed out and begins again, once with prompts half read and once in the middle of answers.
     (found,), preempted = served(tmp_path, folder, [(prompts, policies)], preempt_at=(4, 30), max_num_batched_tokens=16)
     assert set(preempted) == {4, 30}
