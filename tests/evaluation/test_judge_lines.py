@@ -24,6 +24,7 @@ from tiny_judges import CHATML, LLAMA_GUARD, judge_backbone, tiny_classifier
 _NAME = st.text(st.characters(exclude_characters=",", exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
     lambda s: s == s.strip()
 )
+_PROVIDER = _NAME.filter(lambda s: "/" not in s)  # the text up to the first slash
 _SIDES = st.one_of(st.just({}), st.fixed_dictionaries({"refusal": _NAME, "other": _NAME}))
 _UNDECIDED = st.one_of(st.just({}), st.just({"undecided": "rules"}))
 _API = st.fixed_dictionaries({}, optional={"base_url": _NAME, "rpm": st.integers(0).map(str), "temperature": st.just("0.7")})
@@ -33,7 +34,7 @@ _LINES = st.one_of(
     st.builds(JudgeLine, st.just("classifier"), _NAME, _SIDES),
     st.builds(JudgeLine, st.sampled_from(["wildguard", "llama-guard"]), _NAME, _UNDECIDED),
     st.builds(lambda m, then, sides: JudgeLine("tiered", m, {"then": then, **sides}), _NAME, _NAME, _SIDES),
-    st.builds(lambda p, m, options: JudgeLine("api", f"{p}/{m}", options), _NAME, _NAME, _API),
+    st.builds(lambda p, m, options: JudgeLine("api", f"{p}/{m}", options), _PROVIDER, _NAME, _API),
 )
 
 
