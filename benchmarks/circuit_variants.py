@@ -4,7 +4,8 @@
 
 A variant is the selective recipe with some settings changed (see VARIANTS), found and trained as `paving circuit find` and
 `edit` do; those on random channels find the circuit only to draw as many elsewhere. All figures are of calibration pairs,
-which choose α: nothing is asked of held-out prompts. DIR holds CAST's cast_categories_train.jsonl.
+which choose α: nothing is asked of held-out prompts. DIR holds CAST's cast_categories_train.jsonl. What is finished stands
+in --kept, and is not measured again.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
 
-from circuits import CATEGORIES, LIMIT, finished, reached
+from circuits import CATEGORIES, LIMIT, Kept, add_shared, finished, keep, portable, reached, read_kept, shared
 from paving.circuit_run import CircuitConfig, edit, find
 from paving.circuit_run.config import with_recipe
 from paving.circuit_run.evaluate import frontier_points
 from paving.circuit_run.inputs import pairs_of
 from paving.circuit_run.rows import comparator
-from paving.circuit_run.stages import kept_strengths, read_strengths, strengths_of
+from paving.circuit_run.stages import read_strengths, strengths_of
+from paving.evaluation.refusal_policy import FrontierPoint
 from paving.run import Means
 from paving.run_folder import RunError
 from paving.training.strength import StrengthPoint
@@ -54,65 +56,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(".bench/circuit-variants"))
+    parser.add_argument("--kept", type=Path, default=Path(__file__).parent / "measured" / "circuit-variants")
     parser.add_argument("--category", choices=CATEGORIES, default="crime_planning")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--finished", action="store_true", help="measure nothing")
-    parser.add_argument("--json", action="store_true")
+    add_shared(parser)
     args = parser.parse_args()
     means = Means.default(stage=stage, watch=watch, say=say)
     found = {}
     for name in args.only:
-        folder = args.out / f"{args.category}-{SLUGS[name]}"
         if not args.finished:
-            say(f"--- {name}")
-            measure(name, args, folder, means)
-        if (folder / "curve.json").exists():
-            found[name] = read_strengths(folder / "curve.json")[1]
-    print(json.dumps({k: [asdict(p) for p in v] for k, v in found.items()}, indent=1) if args.json else as_text(found))
+            measure(name, args, means)
+        if kept_in(args, name).exists():
+            found[name] = read_kept(kept_in(args, name)).curve
+    print(json.dumps({k: [p.model_dump() for p in v] for k, v in found.items()}, indent=1) if args.json else as_text(found))
 
 
-def measure(name: str, args: argparse.Namespace, folder: Path, means: Means) -> None:
+def kept_in(args: argparse.Namespace, name: str) -> Path:
+    return args.kept / f"{args.category}-{SLUGS[name]}.json"
+
+
+def measure(name: str, args: argparse.Namespace, means: Means) -> None:
     changes, random_channels = VARIANTS[name]
     config = configuration(args, changes)
+    if finished(kept_in(args, name), config):
+        return
+    say(f"--- {name}")
+    folder = args.out / kept_in(args, name).stem
+    curve = frontier_points(curve_of(config, folder, means, random_channels=random_channels), None)
+    keep(Kept(config=portable(config), metrics=None, curve=curve), kept_in(args, name))
 
-    def curve() -> Sequence[StrengthPoint]:
-        find(config, folder, means)
-        if random_channels:
-            backbone = means.load(config.model, config.dtype)
-            train, calibration = pairs_of(config)
-            fitted = comparator("random").fit(backbone, config, train, folder, means)
-            return strengths_of(backbone, config, calibration, fitted.at, fitted.strengths, means)
-        try:
-            edit(folder, means)
-        except RunError as error:  # no α within the limit is a result: the curve is kept all the same
-            say(str(error))
-        return read_strengths(folder / "strengths.json")[1]
 
-    if not finished(folder / "curve.json", config):
-        folder.mkdir(parents=True, exist_ok=True)
-        kept_strengths(folder / "curve.json", config.judge, curve)
+def curve_of(config: CircuitConfig, folder: Path, means: Means, *, random_channels: bool) -> Sequence[StrengthPoint]:
+    find(config, folder, means)
+    if random_channels:
+        backbone = means.load(config.model, config.dtype)
+        train, calibration = pairs_of(config)
+        fitted = comparator("random").fit(backbone, config, train, folder, means)
+        return strengths_of(backbone, config, calibration, fitted.at, fitted.strengths, means)
+    with suppress(RunError):  # no α within the limit is a result: the curve is kept all the same
+        edit(folder, means)
+    return read_strengths(folder / "strengths.json")[1]
 
 
 def configuration(args: argparse.Namespace, changes: Mapping) -> CircuitConfig:
-    content = {
-        "pairs": str(args.data / "cast_categories_train.jsonl"),
-        "category": args.category,
-        "attributed": 48,
-        "calibration": 60,
-        "strength": {"max_new_tokens": 16},
-    }
-    content = with_recipe(content, "selective")
+    content = with_recipe(shared(args, args.category), "selective")
     for key, value in changes.items():
         content[key] = {**content.get(key, {}), **value} if isinstance(value, Mapping) else value
     return CircuitConfig.model_validate(content)
 
 
-def as_text(found: Mapping[str, Sequence[StrengthPoint]]) -> str:
+def as_text(found: Mapping[str, Sequence[FrontierPoint]]) -> str:
     lines = ["| variant | category / benign refused %, by α | at the limit, 4.2 % |", "| --- | --- | --- |"]
     for name, points in found.items():
-        cells = (f"{p.strength:g}: {100 * p.harmful_refusal:.0f} / {100 * p.over_refusal:.0f}" for p in points)
-        at_limit = 100 * reached(frontier_points(points, None), LIMIT)
-        lines.append(f"| {name} | {', '.join(cells)} | {at_limit:.0f} |")
+        cells = (f"{p.strength:g}: {100 * p.category_refused.rate:.0f} / {100 * p.benign_refused.rate:.0f}" for p in points)
+        lines.append(f"| {name} | {', '.join(cells)} | {100 * reached(points, LIMIT):.0f} |")
     return "\n".join(lines)
 
 

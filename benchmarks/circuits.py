@@ -5,8 +5,10 @@
 
 DIR holds CAST's contrast pairs, cast_categories_train.jsonl and cast_categories_test.jsonl, and for other sources
 saladbench.jsonl and harmbench.jsonl. A run is a folder of --out (CATEGORY-seedN-RECIPE); the comparators stand in the
-selective run. A killed command goes on where it was. Rates are pooled over seeds (the held-out prompts are the same, so
-intervals are those of one seed's n); the mean over categories is the paper's, its interval that of all their prompts.
+selective run. A killed command goes on where it was. Counts of a finished run, and no prompt or answer, are written to
+--kept, a file a run: what is there is not measured again, on any machine. Rates are pooled over seeds (the held-out prompts
+are the same, so intervals are those of one seed's n); the mean over categories is the paper's, its interval that of all
+their prompts.
 """
 
 from __future__ import annotations
@@ -21,22 +23,22 @@ from statistics import fmean
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict
 
 from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find
 from paving.circuit_run.config import RECIPES, with_recipe
 from paving.circuit_run.evaluate import EDIT, frontier_points
-from paving.circuit_run.folder import read_circuit_config
 from paving.circuit_run.stages import read_strengths
 from paving.evaluation.refusal_policy import FrontierPoint, PolicyMetrics
 from paving.evaluation.results import Rate
 from paving.evaluation.statistics import wilson
 from paving.run import Means
 from paving.run_folder import RunError
-from paving.training.strength import choose_strength
 from protocols import say, stage, watch
 
 CATEGORIES = ("crime_planning", "hate_speech", "health_consultation", "legal_opinion", "sexual_content")
 LIMIT = StrengthConfig().limit
+ENOUGH = 0.15  # over-refusal beyond which a curve ends: what costs so much is nobody's choice
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a34f8f", "#a96d00", "#56b4e9", "#5c6570")
 # Three times the paper's rate for a quarter of its epochs: a fine-tune of all weights costs what a run does.
 WEIGHT_STEERING = {"learning_rate": 3e-5, "epochs": 2}
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(".bench/circuits"))
+    parser.add_argument("--kept", type=Path, default=Path(__file__).parent / "measured" / "circuits")
     parser.add_argument("--categories", nargs="+", choices=CATEGORIES, default=list(CATEGORIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=sorted(RECIPES), default=sorted(RECIPES))
@@ -55,32 +58,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--held-out", type=int, default=100, help="held-out pairs of a category")
     parser.add_argument("--others", type=int, default=10, help="prompts of every other category and source")
-    parser.add_argument("--calibration", type=int, default=60, help="pairs that α is chosen by")
-    parser.add_argument("--sweep-tokens", type=int, default=16, help="length of the answers that α is chosen by")
-    parser.add_argument("--published-pairs", type=int, default=300, help="pairs of the published recipe, 16 epochs of them")
-    parser.add_argument("--finished", action="store_true", help="measure nothing")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--published-pairs", type=int, default=300, help="of the published recipe, those for α included")
+    add_shared(parser)
     args = parser.parse_args(argv)
     means = Means.default(stage=stage, watch=watch, say=say)
     for seed in () if args.finished else args.seeds:
         for category in args.categories:
             for recipe in args.only:
                 measure(args, category, seed, recipe, means)
-    runs = list(measured(args.out, args.categories, args.seeds))
+    runs = list(measured(args.kept, args.categories, args.seeds))
     if not runs:
-        sys.exit(f"nothing is measured in {args.out} for {', '.join(args.categories)} and seeds {args.seeds}.")
+        sys.exit(f"nothing is measured in {args.kept} for {', '.join(args.categories)} and seeds {args.seeds}.")
     summary = summarise(runs)
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     draw_frontier(summary, args.out / "frontier.png")
     print(json.dumps(summary, indent=1) if args.json else markdown(summary))
     return 0
 
 
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calibration", type=int, default=100, help="pairs that α is chosen by")
+    parser.add_argument("--sweep-tokens", type=int, default=16, help="length of the answers that α is chosen by")
+    parser.add_argument("--finished", action="store_true", help="measure nothing")
+    parser.add_argument("--json", action="store_true")
+
+
+class Kept(BaseModel):
+    """A finished run's counts. metrics: None where no α keeps to the limit, so that there is a curve and no row."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: CircuitConfig
+    metrics: PolicyMetrics | None
+    curve: list[FrontierPoint]
+
+
 def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, means: Means) -> None:
-    folder = args.out / f"{category}-seed{seed}-{recipe}"
+    name = f"{category}-seed{seed}-{recipe}"
+    folder, kept = args.out / name, args.kept / f"{name}.json"
     against = args.against if recipe == "selective" else ()
     config = configuration(args, category, seed, recipe)
-    if finished(folder / "metrics.json", config) and not set(against) - set(metrics_of(folder).frontier):
+    if finished(kept, config, against):
         return
     say(f"--- {category}, seed {seed}: {recipe}")
     find(config, folder, means)
@@ -88,39 +107,66 @@ def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, mea
         edit(folder, means)
     except RunError as error:  # no α keeps to the limit: the curve stands in strengths.json, and that is the result
         say(str(error))
-        return
-    ood = [f"{args.data / name}.jsonl" for name in ("saladbench", "harmbench")]
-    evaluate(folder, means, against=against, ood=ood)
+        _, points = read_strengths(folder / "strengths.json")
+        found = Kept(config=portable(config), metrics=None, curve=frontier_points(points, None))
+    else:
+        ood = [f"{args.data / name}.jsonl" for name in ("saladbench", "harmbench")]
+        metrics = evaluate(folder, means, against=against, ood=ood)
+        metrics.ood = {name: Path(source).name for name, source in metrics.ood.items()}
+        found = Kept(config=portable(config), metrics=metrics, curve=metrics.frontier[EDIT])
+    keep(found, kept)
 
 
-def finished(result: Path, config: CircuitConfig) -> bool:
-    """Whether a run folder has its result. Stops where it is one of another configuration: that recipe's figures are not
-    this one's."""
-    if result.exists() and read_circuit_config(result.parent) != config:
-        sys.exit(f"{result.parent} was measured with other settings; move it away, or give another --out.")
-    return result.exists()
+def keep(found: Kept, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(found.model_dump_json() + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
-def metrics_of(folder: Path) -> PolicyMetrics:
-    return PolicyMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8"))
+def finished(path: Path, config: CircuitConfig, against: Sequence[str] = ()) -> bool:
+    """Whether a run's figures are kept with all these comparators. Stops where they are of another configuration: that
+    recipe's figures are not this one's."""
+    if not path.exists():
+        return False
+    kept = read_kept(path)
+    if kept.config != portable(config):
+        sys.exit(f"{path} was measured with other settings; move it away, or give another --kept.")
+    return kept.metrics is None or set(against) <= set(kept.metrics.frontier)
+
+
+def read_kept(path: Path) -> Kept:
+    return Kept.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def portable(config: CircuitConfig) -> CircuitConfig:
+    """The same on every machine: where the data lie is no part of what was measured."""
+    held_out = config.held_out and Path(config.held_out).name
+    return config.model_copy(update={"pairs": Path(config.pairs).name, "held_out": held_out})
 
 
 def configuration(args: argparse.Namespace, category: str, seed: int, recipe: str) -> CircuitConfig:
-    content = {
-        "pairs": str(args.data / "cast_categories_train.jsonl"),
+    content = shared(args, category) | {
         "held_out": str(args.data / "cast_categories_test.jsonl"),
         "held_out_limit": args.held_out,
         "others_limit": args.others,
-        "category": category,
         "seed": seed,
-        "attributed": 48,
-        "calibration": args.calibration,
         "limit": args.published_pairs if recipe == "published" else None,
         "arithmetic": {"seed": seed},
         "weight_steering": WEIGHT_STEERING,
-        "strength": {"max_new_tokens": args.sweep_tokens},
     }
     return CircuitConfig.model_validate(with_recipe(content, recipe))
+
+
+def shared(args: argparse.Namespace, category: str) -> dict:
+    """What every run here and in circuit_variants.py has: its pairs, and how α is chosen."""
+    return {
+        "pairs": str(args.data / "cast_categories_train.jsonl"),
+        "category": category,
+        "attributed": 48,
+        "calibration": args.calibration,
+        "strength": {"max_new_tokens": args.sweep_tokens, "enough": ENOUGH},
+    }
 
 
 class Run(NamedTuple):
@@ -136,17 +182,13 @@ class Run(NamedTuple):
         return f"{EDIT}, {self.recipe}" if row == EDIT else row
 
 
-def measured(out: Path, categories: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
+def measured(kept: Path, categories: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
     for category, seed, recipe in product(categories, seeds, RECIPES):
-        folder = out / f"{category}-seed{seed}-{recipe}"
-        if (folder / "metrics.json").exists():
-            metrics = metrics_of(folder)
-            yield Run(category, seed, recipe, metrics, metrics.frontier)
-        elif (folder / "strengths.json").exists() and not (folder / "delta").exists():
-            _, points = read_strengths(folder / "strengths.json")
-            if choose_strength(points, LIMIT) is not None:
-                continue  # still under way
-            yield Run(category, seed, recipe, None, {EDIT: frontier_points(points, None)})
+        path = kept / f"{category}-seed{seed}-{recipe}.json"
+        if path.exists():
+            found = read_kept(path)
+            curves = found.metrics.frontier if found.metrics else {EDIT: found.curve}
+            yield Run(category, seed, recipe, found.metrics, curves)
 
 
 def summarise(runs: Sequence[Run]) -> dict:

@@ -17,18 +17,16 @@ from pathlib import Path
 
 import torch
 
-from paving.backbone import Backbone, load_backbone
+from paving.backbone import Backbone
 from paving.controller.conformal import Reference, reference_of
 from paving.controller.store import load_controller
 from paving.evaluation.seeds import pooled_rate
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
-from paving.run import recorded_split, split_of
-from paving.run_folder import read_config
 from paving.traces.store import TraceStore
 from paving.training.gate_search import GateSearch
 from paving.training.prepare import boundary_matrix
 from protocols import rate
-from routing_steps import gate_scores, searched
+from routing_steps import finished_runs, gate_scores, searched
 
 VERDICTS = ("edit", "abstain", "keep")
 
@@ -43,12 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, list[dict]] = {}
     groups: dict[str, str] = {}
-    for seed in arguments.seeds:
-        run = arguments.out / f"{arguments.protocol}-seed{seed}"
-        config = read_config(run)
-        splits = recorded_split(split_of(config).splits, run)
+    for _, run, splits, backbone in finished_runs(arguments):
         groups |= {p.id: p.group for p in splits.held_out}
-        backbone = load_backbone(config.model, dtype=config.dtype)
         for gate, reference, logits in gates(backbone, run, splits, TraceStore(arguments.out / "traces")):
             for alpha in arguments.alphas:
                 found.setdefault(f"{gate}, α = {alpha:g}", []).append(told(reference, logits, splits.held_out, alpha))

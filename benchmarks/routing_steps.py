@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +63,8 @@ def main() -> None:
     store = TraceStore(arguments.out / "traces")
     seeds: dict[int, dict] = {}
     groups: dict[str, str] = {}
-    for seed in arguments.seeds:
-        run = arguments.out / f"{arguments.protocol}-seed{seed}"
-        config = read_config(run)
-        splits = recorded_split(split_of(config).splits, run)
+    for seed, run, splits, backbone in finished_runs(arguments):
         groups |= {p.id: p.group for p in splits.held_out}
-        backbone = load_backbone(config.model, dtype=config.dtype)
         seeds[seed] = measured(backbone, run, splits, store, f"seed {seed}")
     names = list(next(iter(seeds.values()))["steps"])
     summary = {
@@ -77,6 +73,14 @@ def main() -> None:
         "promise": {seed: found["promise"] for seed, found in seeds.items()},
     }
     print(json.dumps(summary, indent=1) if arguments.json else as_text(summary))
+
+
+def finished_runs(arguments: argparse.Namespace) -> Iterator[tuple[int, Path, Splits, Backbone]]:
+    """(seed, folder, its splits, its base) of every run of benchmarks/protocols.py that was asked for."""
+    for seed in arguments.seeds:
+        run = arguments.out / f"{arguments.protocol}-seed{seed}"
+        config = read_config(run)
+        yield seed, run, recorded_split(split_of(config).splits, run), load_backbone(config.model, dtype=config.dtype)
 
 
 def measured(backbone: Backbone, run: Path, splits: Splits, store: TraceStore, where: str) -> dict:

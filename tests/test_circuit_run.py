@@ -115,8 +115,8 @@ def test_no_alpha_within_the_limit_is_an_error_that_keeps_the_work(files, tmp_pa
             return Verdict(Label.HARMLESS_REFUSAL, "")
 
     folder = tmp_path / "run"
-    find(tiny_circuit(files, strength=StrengthConfig(alphas=(0.5,), limit=0.1, max_new_tokens=2)), folder, means)
-    with pytest.raises(RunError, match=r"no α of 0.5 keeps benign over-refusal within 10.0%.*--alpha"):
+    find(tiny_circuit(files, strength=StrengthConfig(alphas=(0.5,), limit=0.5, max_new_tokens=2)), folder, means)
+    with pytest.raises(RunError, match=r"no α of 0.5 keeps benign over-refusal within 50.0%.*--alpha"):
         edit(folder, means, judge=AlwaysRefused())
     assert not (folder / "delta").exists() and (folder / "slices.safetensors").exists()
     assert edit(folder, means, alpha=0.5, judge=AlwaysRefused()).alpha == 0.5

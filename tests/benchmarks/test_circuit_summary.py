@@ -58,3 +58,25 @@ def test_a_circuit_run_without_a_strength_has_a_curve_and_no_row(script, tmp_pat
     assert "c-delta-theta, selective (1 of 2 runs without α) | 0 | 50.0 [" in text and "| base | 0 | 0.0 [" in text
     circuits.draw_frontier(summary, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+def test_a_kept_run_is_not_measured_again_wherever_its_data_lie_and_never_under_other_settings(script, tmp_path):
+    circuits = script("circuits")
+    asked = SimpleNamespace(data=tmp_path / "here", held_out=5, others=5, calibration=30, sweep_tokens=4, published_pairs=60)
+    config = circuits.configuration(asked, "legal_opinion", 1, "selective")
+    rate = circuits.Rate(k=1, n=4, rate=0.25, low=0.0, high=0.7)
+    point = circuits.FrontierPoint(
+        strength=0.5, category_refused=rate, benign_refused=rate, benign_broken=rate, chosen=False
+    )
+    path = tmp_path / "legal_opinion-seed1-selective.json"
+    assert not circuits.finished(path, config, ())
+    kept = circuits.Kept(config=circuits.portable(config), metrics=None, curve=[point])
+    path.write_text(kept.model_dump_json(), encoding="utf-8")
+    assert str(tmp_path) not in path.read_text(encoding="utf-8")
+    asked.data = tmp_path / "elsewhere"
+    assert circuits.finished(path, circuits.configuration(asked, "legal_opinion", 1, "selective"), ("inverse",))
+    (run,) = circuits.measured(tmp_path, ["legal_opinion", "hate_speech"], [0, 1])
+    assert run.metrics is None and run.curves == {circuits.EDIT: [point]}
+    asked.calibration = 31
+    with pytest.raises(SystemExit, match="measured with other settings"):
+        circuits.finished(path, circuits.configuration(asked, "legal_opinion", 1, "selective"), ())

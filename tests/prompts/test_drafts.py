@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -69,6 +70,18 @@ def test_nothing_learns_from_a_draft_that_nobody_has_decided_on(tmp_path):
     safe, unsafe = read_contrasts(tmp_path / "pairs.jsonl")
     assert (safe.text, unsafe.text, unsafe.group) == ("How do I kill a process?", "How do I frighten a neighbour?", "kill")
     assert undecided(tmp_path / "drafts.jsonl", tmp_path / "pairs.jsonl") == drafts[2:]
+
+
+def test_rows_numbered_anew_are_asked_about_and_take_no_id_twice(tmp_path):
+    old, new = (draft_contrasts([edit(t, "e1", "e1")]) for t in ("Is coke sweet?", "Where is Rome?"))
+    decide(old[0], "accepted", tmp_path / "pairs.jsonl")
+    write_drafts(new, tmp_path / "new.jsonl")
+    assert undecided(tmp_path / "new.jsonl", tmp_path / "pairs.jsonl") == new
+    decide(new[0], "accepted", tmp_path / "pairs.jsonl")
+    decide(replace(new[0], safe="Where is Bern?"), "accepted", tmp_path / "pairs.jsonl")
+    pairs = read_contrasts(tmp_path / "pairs.jsonl")
+    assert [p.id for p in pairs[::2]] == [f"pairs/{old[0].id}{n}-safe" for n in ("", "-2", "-3")]
+    assert {p.text for p in pairs[::2]} == {"Is coke sweet?", "Where is Rome?", "Where is Bern?"}
 
 
 def test_files_that_are_no_drafts_are_one_clear_error(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from paving.generation import Decoding
 from paving.intervention import Identity
 from paving.prompts.types import Bucket
-from paving.training.strength import StrengthPoint, choose_strength, sweep
+from paving.training.strength import StrengthPoint, choose_strength, prompts_needed, sweep
 from tiny_models import prompt, tiny_backbone
 
 
@@ -25,12 +26,43 @@ curves = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 60), st.integers
 @given(curves, st.floats(0, 0.5))
 def test_nothing_stronger_within_the_limits_is_passed_over(points, limit):
     chosen = choose_strength(points, limit)
-    base = points[0]
-    allowed = [p for p in points[1:] if p.over_refusal <= limit and p.benign_breakage <= base.benign_breakage + limit]
+    beyond = [p.strength for p in points[1:] if (p.benign_refused + 1) / (p.n_benign + 1) > limit]
+    allowed = [
+        p for p in points[1:]
+        if p.strength < min(beyond, default=99) and p.benign_breakage <= points[0].benign_breakage + limit
+    ]  # fmt: skip
     if not allowed:
         assert chosen is None
     else:
         assert chosen in allowed and chosen.harmful_refused == max(p.harmful_refused for p in allowed)
+
+
+def test_the_chosen_strength_holds_its_limit_on_an_unseen_prompt_where_the_plain_rate_does_not():
+    rng = np.random.default_rng(0)
+    strengths, limit, n = np.arange(1, 9), 0.1, 40
+    by_rule, by_rate = [], []
+    for _ in range(1500):
+        breaks_at = rng.uniform(0, 30, size=n + 1)  # a prompt is refused from its own strength on; the last one is new
+        refused = [(breaks_at[:n] <= s).sum() for s in strengths]
+        points = [point(0, 0, 0, n=n), *(point(float(s), s, k, n=n) for s, k in zip(strengths, refused, strict=True))]
+        chosen = choose_strength(points, limit)
+        by_rule.append(chosen is not None and breaks_at[n] <= chosen.strength)
+        naive = max((s for s, k in zip(strengths, refused, strict=True) if k / n <= limit), default=0)
+        by_rate.append(breaks_at[n] <= naive)
+    assert np.mean(by_rule) <= limit < np.mean(by_rate)
+
+
+@pytest.mark.parametrize("limit", [0.042, 0.05, 0.1, 0.5, 1.0])
+def test_so_many_prompts_and_not_one_fewer_can_show_a_limit(limit):
+    n = prompts_needed(limit)
+    assert choose_strength([point(0, 0, 0, n=50), point(1, 50, 0, n=max(n, 1))], limit) is not None
+    if n > 1:
+        assert choose_strength([point(0, 0, 0, n=50), point(1, 50, 0, n=n - 1)], limit) is None
+
+
+def test_no_number_of_prompts_shows_that_nothing_is_ever_refused():
+    assert prompts_needed(0.0) is None
+    assert choose_strength([point(0, 0, 0), point(1, 50, 0)], 0.0) is None
 
 
 def test_of_two_equal_strengths_the_weaker_is_taken_and_the_base_never_is():

@@ -100,7 +100,7 @@ RECIPES: dict[str, dict] = {
         "fraction": 0.06,
         "arithmetic": {"retain": "kl", "retain_weight": 2.0, "learning_rate": 2e-3, "epochs": 1, "minus": False},
         "own_tokens": 8,
-        "strength": {"alphas": [0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.25]},
+        "strength": {"alphas": [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 1.0, 1.25]},
     },
 }
 

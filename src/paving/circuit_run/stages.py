@@ -38,12 +38,13 @@ from paving.generation import Decoding
 from paving.intervention import Intervention
 from paving.run import Means, labels_of
 from paving.run_folder import RunError, write_json
-from paving.training.strength import StrengthPoint, choose_strength, sweep
+from paving.training.strength import StrengthPoint, choose_strength, prompts_needed, sweep
 
 
 def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
     """EAP-IG over the training pairs -> the circuit, in circuit.json; taken from there if it is."""
-    train, _ = pairs_of(config)  # a bad file is refused before a model is loaded or a folder made
+    train, calibration = pairs_of(config)  # a bad file is refused before a model is loaded or a folder made
+    check_enough(len(calibration), config.strength.limit)
     phrases = openings_of(config)
     if config.held_out is not None:
         held_out_sets(config, {})  # not after hours of training
@@ -93,7 +94,8 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
     if alpha is None and chosen is None:
         raise RunError(
             f"no α of {', '.join(f'{a:g}' for a in config.strength.alphas)} keeps benign over-refusal within "
-            f"{config.strength.limit:.1%} of {len(calibration)} calibration prompts ({_curve(points)}). "
+            f"{config.strength.limit:.1%} of {len(calibration)} calibration prompts, as (refused + 1) / (n + 1), with no "
+            f"more answers broken beyond the base's ({_curve(points)}). "
             f"Take one all the same with --alpha, or another recipe in another folder. Δθ and the curve are kept."
         )
     delta = make_delta(
@@ -111,6 +113,17 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
         check_off_circuit(backbone, mask, before)
     save_delta(delta, folder / "delta")
     return delta
+
+
+def check_enough(calibration: int, limit: float) -> None:
+    """raises RunError where no result on so few pairs could show that over-refusal keeps to the limit"""
+    needed = prompts_needed(limit)
+    if needed is None or calibration < needed:
+        enough = "no number of them can" if needed is None else f"at least {needed} can"
+        raise RunError(
+            f"{calibration} calibration pairs cannot show over-refusal of at most {limit:.1%}; {enough}. Set aside more "
+            "(calibration in --config), or allow more (strength.limit there): at 1.0 any α does, and --alpha chooses."
+        )
 
 
 # --- the stages -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
@@ -37,31 +38,13 @@ PURPOSES = (
     "Nobody must know that I did it to frighten them.",
 )
 # What stands before a verb in a request. A noun ("the best shot") takes no person behind it.
-BEFORE_A_GERUND = frozenset(
-    ("of", "for", "by", "from", "in", "at", "with", "when", "while", "after", "before", "start", "stop")
-)
-BEFORE_A_VERB = frozenset(
-    (
-        "i",
-        "you",
-        "we",
-        "they",
-        "one",
-        "people",
-        "to",
-        "can",
-        "could",
-        "should",
-        "would",
-        "may",
-        "might",
-        "must",
-        "not",
-        "do",
-        "does",
-        "did",
-    )
-)
+BEFORE_A_GERUND = {
+    "of", "for", "by", "from", "in", "at", "with", "when", "while", "after", "before", "start", "stop",
+}  # fmt: skip
+BEFORE_A_VERB = {
+    "i", "you", "we", "they", "one", "people", "to", "can", "could", "should", "would", "may", "might", "must", "not", "do",
+    "does", "did",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,7 +113,7 @@ def write_drafts(drafts: Sequence[Draft], path: str | Path) -> None:
 
 
 def undecided(drafts: str | Path, decided: str | Path) -> tuple[Draft, ...]:
-    """The drafts of one file that are not decided in the other; an id alone says little, as rows may be numbered anew."""
+    """The drafts of one file that are not decided in the other, by their texts: rows may be numbered anew."""
     if Path(decided).exists() and Path(decided).samefile(drafts):
         raise PromptError(f"{decided} is the file of drafts itself; give another --out for what is decided.")
     done = {_of(pair) for pair in read_pairs(decided) if pair.get("decision")} if Path(decided).exists() else set()
@@ -145,13 +128,17 @@ def undecided(drafts: str | Path, decided: str | Path) -> tuple[Draft, ...]:
 
 
 def decide(draft: Draft, decision: Decision, decided: str | Path, *, unsafe: str | None = None) -> None:
-    """Append what a person decided; on disk before this returns. unsafe: their own words for that side."""
+    """Append what a person decided; on disk before this returns. unsafe: their own words for that side.
+
+    Where the id is taken, as rows that were numbered anew may take one, a number goes behind it."""
     pair = asdict(draft if unsafe is None else replace(draft, unsafe=unsafe.strip())) | {"decision": decision}
     path = Path(decided)
+    taken = {pair["id"] for pair in read_pairs(path)} if path.exists() else set()
+    pair["id"] = next(i for i in chain([draft.id], (f"{draft.id}-{n}" for n in count(2))) if i not in taken)
     whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")  # editors leave the last line open
     with path.open("a", encoding="utf-8") as file:
         file.write(("" if whole else "\n") + json.dumps(pair, ensure_ascii=False) + "\n")
 
 
-def _of(pair: Mapping[str, object]) -> tuple[object, object, object]:
-    return pair["id"], pair["safe"], pair.get("template")
+def _of(pair: Mapping[str, object]) -> tuple[object, object]:
+    return pair["safe"], pair.get("template")

@@ -37,7 +37,6 @@ SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 FILES = ("auto", "safetensors", "hf")
 KEPT = "_paving"  # on a model runner: its Served, and the step under way
 
-
 log = logging.getLogger(__name__)
 
 
@@ -146,6 +145,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
+def asked_policy(params: Any) -> str | None:
+    """What a request asks for; None for the controller's own. Pooling requests have no such thing."""
+    return (getattr(params, "extra_args", None) or {}).get(POLICY)
+
+
 # --- the wrappers ---------------------------------------------------------------------------------------------------
 
 
@@ -160,11 +164,10 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
 
 def _validate(old: Callable, controller: ResidualPaving) -> Callable:
     """A policy that no request may ask for is the user's error, HTTP 400, before anything is scheduled."""
-
     from vllm.exceptions import VLLMValidationError
 
     def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = (getattr(params, "extra_args", None) or {}).get(POLICY)
+        asked = asked_policy(params)
         if asked is not None and asked != DEFAULT:
             try:
                 checked_policy(controller, asked)
@@ -217,8 +220,7 @@ def _taint(old: Callable) -> Callable:
 
     def keys(request: Any, start: int, end: int, start_mm: int) -> Any:
         found, next_mm = old(request, start, end, start_mm)
-        extra = getattr(request.sampling_params, "extra_args", None) or {}
-        if end > request.num_prompt_tokens - 1 and extra.get(POLICY) != "closed":
+        if end > request.num_prompt_tokens - 1 and asked_policy(request.sampling_params) != "closed":
             found = (*(found or ()), ("paving", request.request_id))
         return found, next_mm
 
@@ -289,7 +291,7 @@ def _forward(old: Callable) -> Callable:
             [int(batch.num_computed_tokens_cpu[i]) for i in range(len(names))],
             [int(batch.num_prompt_tokens[i]) for i in range(len(names))],
         )
-        served.begin(spans, {name: _policy(self.requests[name]) for name in names})
+        served.begin(spans, {name: asked_policy(self.requests[name].sampling_params) for name in names})
         output = old(self, *args, **kwargs)
         if served.again:
             served.second_pass()
@@ -297,7 +299,3 @@ def _forward(old: Callable) -> Callable:
         return output
 
     return forward
-
-
-def _policy(request: Any) -> str | None:
-    return (getattr(request.sampling_params, "extra_args", None) or {}).get(POLICY)

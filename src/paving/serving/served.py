@@ -1,7 +1,7 @@
 """The controller of an engine: decides once a request, edits its rows step by step, forgets it when it is gone.
 
 No engine is imported here: a step is spans (serving.steps), and layers hand in their output. What goes wrong while a gate is
-decided closes that request's gate and nothing else.
+decided closes that request's gate; what goes wrong in a layer, where all are edited at once, those of the whole step.
 """
 
 from __future__ import annotations
@@ -78,18 +78,17 @@ class Served:
         self._reads = [s for s in undecided if self.requests[s.request].state is None]
         self._plan_edits()
 
-    def after_layer(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
-        """hidden, residual: (rows, d_model), whose sum is the resid behind the layer; None: hidden alone. Rows of open gates
-        are edited in place, all other rows keep their bits."""
+    def after_layer(self, layer: int, hidden: Tensor, residual: Tensor) -> None:
+        """hidden, residual: (rows, d_model), whose sum is the resid behind the layer. Rows of open gates are edited in
+        place, all other rows keep their bits."""
         if layer in self.controller.config.route_layers and self._reads:
             self._collect(layer, hidden, residual)
         edit = self._edits.get(layer)
         if edit is None or self._rows is None:
             return
-        edited = edit(_resid(hidden, residual, self._rows)[:, None])[:, 0]  # whole before anything is written
-        hidden[self._rows] = edited
-        if residual is not None:
-            residual[self._rows] = 0
+        resid = hidden[self._rows] + residual[self._rows]
+        hidden[self._rows] = edit(resid[:, None])[:, 0]
+        residual[self._rows] = 0
 
     def second_pass(self) -> None:
         """Between the two passes of a step that `again` asks for: nothing more is read, the new gates edit."""
@@ -117,18 +116,18 @@ class Served:
         closed = named.name == "closed"
         return Request(named, state=CLOSED if closed else None)
 
-    def _collect(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+    def _collect(self, layer: int, hidden: Tensor, residual: Tensor) -> None:
         config = self.controller.config
         if "mean" in config.pooling:
             for span in self._reads:
                 rows = slice(span.prompt_rows.start, span.prompt_rows.stop)
-                part = _resid(hidden, residual, rows).float().sum(0)
+                part = (hidden[rows] + residual[rows]).float().sum(0)
                 sums = self.requests[span.request].sums
                 sums[layer] = sums[layer] + part if layer in sums else part
         whole = [s for s in self._reads if s.last_prompt_row is not None]
         if whole:
             rows = torch.tensor([s.last_prompt_row for s in whole], device=hidden.device)
-            parts = [_resid(hidden, residual, rows).float()] if "last" in config.pooling else []
+            parts = [(hidden[rows] + residual[rows]).float()] if "last" in config.pooling else []
             if "mean" in config.pooling:
                 parts.append(torch.stack([self.requests[s.request].sums[layer] / s.prompt for s in whole]))
             self._read[layer] = torch.cat(parts, dim=1)
@@ -185,7 +184,3 @@ def checked_policy(controller: ResidualPaving, name: str) -> GatePolicy:
         raise ValueError(f"policy {name!r} is none that a request may ask for; allowed: {DEFAULT}, {', '.join(POLICIES)}, "
                          "conformal:ALPHA.")  # fmt: skip
     return controller.policy_named(name)
-
-
-def _resid(hidden: Tensor, residual: Tensor | None, rows: slice | Tensor) -> Tensor:
-    return hidden[rows] if residual is None else hidden[rows] + residual[rows]

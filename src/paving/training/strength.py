@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from paving.backbone import Backbone
 from paving.generation import Completion, Decoding, generate
@@ -32,6 +34,11 @@ class StrengthPoint:
     @property
     def over_refusal(self) -> float:
         return self.benign_refused / self.n_benign
+
+    @property
+    def expected_over_refusal(self) -> float:
+        """(k + 1) / (n + 1): what a new prompt adds at most, on average over draws of the calibration split."""
+        return (self.benign_refused + 1) / (self.n_benign + 1)
 
     @property
     def benign_breakage(self) -> float:
@@ -75,17 +82,24 @@ def sweep(
 
 
 def choose_strength(points: Sequence[StrengthPoint], limit: float) -> StrengthPoint | None:
-    """The point that refuses most of the category with over-refusal at most `limit`; the weaker edit among equals.
+    """The point that refuses most of the category with over-refusal held to `limit`; the weaker edit among equals.
 
-    Nor may it break more benign answers than the base does, by more than the limit: a model that answers nonsense
-    refuses little. None where no strength keeps to both: which one to take then is for the owner to say.
+    By conformal risk control (Angelopoulos et al., arXiv 2208.02814, theorem 1): strengths are allowed from the weakest
+    up to the first with (k + 1) / (n + 1) > limit. On prompts like the calibration split's the chosen edit then refuses
+    at most `limit` in expectation; by k / n <= limit it would refuse more, since the strongest that looks allowed is
+    taken. Nor may it break more benign answers than the base does, by more than the limit: a model that answers
+    nonsense refuses little. None where no strength keeps to both: which one to take then is for the owner to say.
     """
     base = next(p for p in points if p.strength == 0)
-    allowed = [
-        p for p in points
-        if p.strength and p.over_refusal <= limit and p.benign_breakage <= base.benign_breakage + limit
-    ]  # fmt: skip
+    ascending = sorted((p for p in points if p.strength), key=lambda p: p.strength)
+    within = takewhile(lambda p: p.expected_over_refusal <= limit, ascending)
+    allowed = [p for p in within if p.benign_breakage <= base.benign_breakage + limit]
     return max(allowed, key=lambda p: (p.harmful_refusal, -p.strength), default=None)
+
+
+def prompts_needed(limit: float) -> int | None:
+    """The fewest calibration prompts by which any strength could be allowed; None where no number is enough."""
+    return math.ceil(1 / limit - 1 - 1e-9) if limit else None
 
 
 def _point(strength: float, answers: Sequence[Completion], labels: Sequence[str], harmful: set[str]) -> StrengthPoint:
