@@ -80,8 +80,8 @@ def test_rows_numbered_anew_are_asked_about_and_take_no_id_twice(tmp_path):
     decide(new[0], "accepted", tmp_path / "pairs.jsonl")
     decide(replace(new[0], safe="Where is Bern?"), "accepted", tmp_path / "pairs.jsonl")
     pairs = read_contrasts(tmp_path / "pairs.jsonl")
-    assert [p.id for p in pairs[::2]] == [f"pairs/{old[0].id}{n}-safe" for n in ("", "-2", "-3")]
-    assert {p.text for p in pairs[::2]} == {"Is coke sweet?", "Where is Rome?", "Where is Bern?"}
+    assert [p.id for p in pairs[:3]] == [f"pairs/{old[0].id}{n}-safe" for n in ("", "-2", "-3")]
+    assert {p.text for p in pairs[:3]} == {"Is coke sweet?", "Where is Rome?", "Where is Bern?"}
 
 
 def test_files_that_are_no_drafts_are_one_clear_error(tmp_path):
