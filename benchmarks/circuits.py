@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=int, default=100, help="pairs that α is chosen by")
-    parser.add_argument("--sweep-tokens", type=int, default=16, help="length of the answers that α is chosen by")
+    parser.add_argument("--tokens", type=int, default=32, help="length of all answers, of those that choose α, too")
     parser.add_argument("--finished", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true")
 
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, mea
     else:
         ood = [f"{args.data / name}.jsonl" for name in ("saladbench", "harmbench")]
         metrics = evaluate(folder, means, against=against, ood=ood)
-        metrics.ood = {name: Path(source).name for name, source in metrics.ood.items()}
+        metrics = metrics.model_copy(update={"ood": {name: Path(source).name for name, source in metrics.ood.items()}})
         found = Kept(config=portable(config), metrics=metrics, curve=metrics.frontier[EDIT])
     keep(found, kept)
 
@@ -165,7 +165,8 @@ def shared(args: argparse.Namespace, category: str) -> dict:
         "category": category,
         "attributed": 48,
         "calibration": args.calibration,
-        "strength": {"max_new_tokens": args.sweep_tokens, "enough": ENOUGH},
+        "decoding": {"max_new_tokens": args.tokens},
+        "strength": {"enough": ENOUGH},
     }
 
 

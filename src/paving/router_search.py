@@ -24,7 +24,7 @@ from paving.run import Means, recorded_split, split_of
 from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json
 from paving.run_rows import digest
 from paving.traces.prompt_states import prompt_states
-from paving.training.gate_search import GateSearch, check_groups, default_layers, search_gate
+from paving.training.gate_search import GateSearch, check_groups, default_layers, features, search_gate
 from paving.training.prepare import boundary_matrix
 from paving.training.promise import Promise, PromiseConfig, check_promises, kept_at, promises, strictest
 
@@ -75,7 +75,10 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -
     tick = means.stage("gates, out of fold", n_candidates + 1)
     found = search_gate(states, learned_from, contrasts, settings, sets, tick=tick)
     gated = with_gate(controller, found.machines, found.shapes, found.layers, found.pooling)
-    gated = replace(gated, reference=reference_of(found.logits[0].tolist(), learned_from, apart=False))
+    read = features(states, learned_from, gated.config.route_layers, gated.config.pooling)
+    boundary = gated.weights.unlikeness(torch.from_numpy(read)).tolist()
+    reference = reference_of(found.logits[0].tolist(), learned_from, boundary=boundary, apart=False)
+    gated = replace(gated, reference=reference)
     promised: tuple[Promise, ...] = ()
     if promise is not None:
         gated, promised = keep_promise(backbone, gated, splits, promise)
@@ -119,11 +122,12 @@ def keep_promise(
     """The controller with its threshold raised until the promise holds on the calibration prompts."""
     prompts = splits.of(SplitName.CALIBRATION)
     with torch.no_grad():
-        logits = controller.weights.route(boundary_matrix(backbone, prompts, controller.config))[0].tolist()
+        z = boundary_matrix(backbone, prompts, controller.config)
+        logits, boundary = controller.weights.route(z)[0].tolist(), controller.weights.unlikeness(z).tolist()
     made = promises(logits, prompts, config)
     threshold = max(0.0, strictest(made))
     gated = controller.with_policy(Hard(threshold), name=controller.name)
-    gated = replace(gated, reference=reference_of(logits, prompts))
+    gated = replace(gated, reference=reference_of(logits, prompts, boundary=boundary))
     return gated, kept_at(made, threshold, logits, prompts)
 
 

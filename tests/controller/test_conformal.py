@@ -109,10 +109,14 @@ def test_a_group_counts_once_by_its_worst_logit():
     ]  # fmt: skip
     prompts = [Prompt(f"p{i}", "x", bucket, group=group) for i, (group, bucket, _) in enumerate(rows)]
     assert reference_of([logit for *_, logit in rows], prompts) == Reference((1.0, 2.0), (), (0.5,))
+    boundary = [0.1, 0.5, 0.2, 0.9, 0.3]
+    assert reference_of([logit for *_, logit in rows], prompts, boundary=boundary).boundary == (0.2, 0.9)
+    with pytest.raises(ValueError, match="zip"):
+        reference_of([logit for *_, logit in rows], prompts, boundary=[0.1])
 
 
 def test_it_is_saved_with_the_controller_and_names_its_policy(backbone, tmp_path):
-    reference = Reference((0.1, 2.5), (-3.0, -2.0), (-1.5, -0.1))
+    reference = Reference((0.1, 2.5), (-3.0, -2.0), (-1.5, -0.1), boundary=(0.5, 1.25))
     controller = replace(lively(backbone, policy=Hard(0.7)), reference=reference)
     controller = controller.with_policy(controller.policy_named(f"conformal:{1 / 3!r}"))
     loaded = load_controller(save_controller(controller, tmp_path), backbone)
@@ -120,7 +124,14 @@ def test_it_is_saved_with_the_controller_and_names_its_policy(backbone, tmp_path
     assert loaded.policy.threshold == pytest.approx(0.1) and loaded.policy_named("hard") == Hard(0.7)
     assert load_controller(save_controller(lively(backbone), tmp_path / "old"), backbone).reference is None
     path = tmp_path / "controller.json"
-    for damage in ({"edit": [2.0, 1.0]}, {"edit": "x"}, {"edit": None}, {"apart": None}, {"apart": "false"}):
+    for damage in (
+        {"edit": [2.0, 1.0]},
+        {"edit": "x"},
+        {"edit": None},
+        {"boundary": [2, 1]},
+        {"apart": None},
+        {"apart": "false"},
+    ):
         saved = json.loads(path.read_text(encoding="utf-8"))
         saved["reference"] |= damage
         path.with_name("x").mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from paving.controller import Hard, Reference, Soft
 from paving.controller.config import ControllerConfig
 from paving.serving.served import CLOSED, Served, checked_policy
 from paving.serving.steps import Span
+from paving.serving.told import Told, as_told
 from tiny_models import LATE, ROUTED, lively, tiny_backbone
 
 WIDTH, LAYERS = 32, 6
@@ -172,3 +174,26 @@ def test_a_prompt_whose_beginning_was_not_seen_is_not_averaged(controller, caplo
     closed = "mean" in controller.config.pooling
     assert (engine.served.requests["a"].state == CLOSED) == closed
     assert ("begins inside its prompt" in caplog.text) == closed
+
+
+def test_a_decision_is_told_once_and_says_how_it_came_about(controller):
+    engine = Engine(controller, {"a": 3, "b": 4, "c": 2})
+    engine.step(("a", 0, 3), ("b", 0, 2), ("c", 0, 2), policies={"c": "closed"})
+    told = engine.served.tell("a")
+    assert told.policy == "soft" and 0 < told.gate < 1 and len(told.mixture) == controller.config.n_experts
+    assert told.gate == pytest.approx(torch.sigmoid(torch.tensor(told.logit)).item())
+    assert told.boundary > 0 and not told.failed and as_told(json.loads(json.dumps(told.as_dict()))) == told
+    assert engine.served.tell("a") is None  # said already
+    assert engine.served.tell("b") is None and engine.served.tell("unknown") is None  # its prompt is not read yet
+    assert engine.served.tell("c") == Told("closed", gate=0.0)
+    engine.step(("a", 3, 1), ("b", 2, 2))
+    assert engine.served.tell("b").logit is not None
+    engine.served.finish(["a"])
+    assert engine.served.tell("a") is None
+
+
+def test_a_gate_that_could_not_be_decided_is_told_as_failed(controller, monkeypatch):
+    monkeypatch.setattr(type(controller), "decide", lambda self, z, batch: 1 / 0)
+    engine = Engine(controller, {"a": 3})
+    engine.step(("a", 0, 3))
+    assert engine.served.tell("a") == Told("soft", gate=0.0, failed=True)

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these in an environment of its own")
 
-from served_answers import EARLY, TEXTS, TOKENS, controller_of, expected
+from served_answers import EARLY, TEXTS, TOKENS, controller_of, expected, gates_of
 
 from paving.backbone import EMBEDDED, load_backbone, render_ids
 from paving.controller import save_controller
@@ -32,15 +32,30 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def ask(port: int, prompt: list[int], policy: object, *, n: int = TOKENS) -> str:
-    body = {"model": "base", "prompt": prompt, "max_tokens": n, "temperature": 0, "ignore_eos": True}
+def post(port: int, where: str, policy: object = None, **body: object) -> str:
+    body = {"model": "base", "temperature": 0, **body}
     if policy is not None:
         body["vllm_xargs"] = {"paving_policy": policy}
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"http://127.0.0.1:{port}/v1/{where}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as response:
-        return json.load(response)["choices"][0]["text"]
+        return response.read().decode()
+
+
+def ask(port: int, prompt: list[int], policy: object, *, n: int = TOKENS) -> str:
+    answer = json.loads(post(port, "completions", policy, prompt=prompt, max_tokens=n, ignore_eos=True))
+    return answer["choices"][0]["text"]
+
+
+def chunks(streamed: str) -> list[dict]:
+    return [json.loads(line[6:]) for line in streamed.split("\n\n") if line.startswith("data: {")]
+
+
+def counted(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines) if name.startswith("paving:")}
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +115,39 @@ def test_a_policy_that_no_request_may_ask_for_is_http_400_and_the_server_goes_on
     text = told.value.read().decode()
     assert "a request may ask for" in text or "calibration logits" in text
     assert ask(port, prompt, "closed", n=2)
+
+
+@pytest.mark.parametrize("text", range(len(TEXTS)))
+def test_every_kind_of_answer_says_what_its_gate_did(port, backbone, controller, text):
+    gate = gates_of(backbone, controller)[text]
+    prompt, messages = render_ids(backbone, TEXTS[text]), [{"role": "user", "content": TEXTS[text]}]
+    whole = json.loads(post(port, "completions", prompt=prompt, max_tokens=4))
+    two = json.loads(post(port, "completions", prompt=[prompt, prompt], max_tokens=4))
+    stopped = json.loads(post(port, "completions", prompt=prompt, max_tokens=20, stop=[" ", "e"], n=2, temperature=1))
+    chat = json.loads(post(port, "chat/completions", messages=messages, max_tokens=4))
+    said = [whole["paving"], *two["paving"], stopped["paving"], chat["paving"]]
+    for where, asked in (("completions", {"prompt": prompt}), ("chat/completions", {"messages": messages})):
+        streamed = chunks(post(port, where, stream=True, max_tokens=4, **asked))
+        assert [i for i, chunk in enumerate(streamed) if "paving" in chunk] == [0]
+        said.append(streamed[0]["paving"])
+    for told in said:
+        assert told["policy"] == "hard" and told["gate"] == gate.gate and not told["failed"]
+        assert told["logit"] == pytest.approx(gate.logit, abs=1e-3)
+        assert told["mixture"] == pytest.approx(gate.mixture, abs=1e-4)
+    assert all(answer.get("kv_transfer_params") is None for answer in (whole, two, stopped, chat))
+    closed = json.loads(post(port, "chat/completions", "closed", messages=messages, max_tokens=2))["paving"]
+    assert (closed["policy"], closed["gate"], closed["logit"]) == ("closed", 0.0, None)
+
+
+def test_gates_are_counted_beside_vllms_own_metrics(port, backbone, controller):
+    before = counted(port)
+    for text, policy in ((0, None), (1, None), (2, "closed"), (3, "soft")):
+        ask(port, render_ids(backbone, TEXTS[text]), policy, n=2)
+    found = {name: value - before.get(name, 0) for name, value in counted(port).items()}
+    is_open = sum(gate.gate > 0 for gate in gates_of(backbone, controller)[:2])
+    assert found.get('paving:requests_total{gate="open",policy="hard"}', 0) == is_open
+    assert found.get('paving:requests_total{gate="closed",policy="hard"}', 0) == 2 - is_open
+    assert found['paving:requests_total{gate="closed",policy="closed"}'] == 1
+    assert found['paving:requests_total{gate="open",policy="soft"}'] == 1
+    assert found["paving:gate_count"] == found["paving:boundary_count"] == 3  # a closed gate is not decided
+    assert found["paving:gate_failures_total"] == 0

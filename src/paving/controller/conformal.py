@@ -40,12 +40,15 @@ class Reference:
 
     apart  True: the gate was fitted without these prompts. False: each was scored by a gate fitted without its group
            (cross-conformal), and what the p-values promise holds only nearly
+    boundary  how far calibration prompts lie from what the router was fitted on (ControllerWeights.unlikeness), sorted
+           upwards, of a group the farthest; empty in controllers made before it was kept
     """
 
     edit: tuple[float, ...]
     benign_keep: tuple[float, ...]
     harmful_keep: tuple[float, ...]
     apart: bool = True
+    boundary: tuple[float, ...] = ()
 
     def p_values(self, logit: float) -> PValues:
         return PValues(
@@ -88,26 +91,33 @@ class Reference:
         return Conformal(alpha, above)
 
 
-def reference_of(logits: Sequence[float], prompts: Sequence[Prompt], *, apart: bool = True) -> Reference:
-    """logits: (n,), the gate's, of the prompts. raises ValueError where the two do not match"""
+def reference_of(
+    logits: Sequence[float], prompts: Sequence[Prompt], *, boundary: Sequence[float] = (), apart: bool = True
+) -> Reference:
+    """logits: (n,), the gate's, of the prompts; boundary: (n,) or none. raises ValueError where they do not match"""
     best: dict[Bucket, dict[str, float]] = {b: {} for b in Bucket}
     for logit, prompt in zip(logits, prompts, strict=True):
         groups = best[prompt.bucket]
         worst = min if prompt.bucket is Bucket.EDIT else max
         groups[prompt.group] = worst(logit, groups.get(prompt.group, logit))
-    return Reference(**{b.value: tuple(sorted(groups.values())) for b, groups in best.items()}, apart=apart)
+    farthest: dict[str, float] = {}
+    for distance, prompt in zip(boundary, prompts, strict=True) if len(boundary) else ():
+        farthest[prompt.group] = max(distance, farthest.get(prompt.group, distance))
+    buckets = {b.value: tuple(sorted(groups.values())) for b, groups in best.items()}
+    return Reference(**buckets, apart=apart, boundary=tuple(sorted(farthest.values())))
 
 
 def as_reference(saved: Mapping[str, object]) -> Reference:
     """From JSON. raises ValueError for what is no reference"""
     try:
-        logits = {b.value: tuple(float(x) for x in saved[b.value]) for b in Bucket}
-        found = Reference(**logits, apart=saved["apart"])
+        numbers = {b.value: tuple(float(x) for x in saved[b.value]) for b in Bucket}
+        numbers["boundary"] = tuple(float(x) for x in saved.get("boundary", ()))
+        found = Reference(**numbers, apart=saved["apart"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"its calibration logits are damaged: {error!r}.") from error
     if not isinstance(found.apart, bool):
         raise ValueError(f"its calibration logits are damaged: apart is {found.apart!r}, neither true nor false.")
-    if any(list(values) != sorted(values) for values in logits.values()):
+    if any(list(values) != sorted(values) for values in numbers.values()):
         raise ValueError("its calibration logits are damaged: they are not sorted.")
     return found
 

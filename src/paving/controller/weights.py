@@ -154,3 +154,8 @@ class ControllerWeights(nn.Module):
         """Boundary features (n, n_features) -> gate logits (n,) and expert weights (n, K), as deployed."""
         logit, mixture = self.router(z)
         return (logit if self.gate is None else self.gate(z)), mixture
+
+    def unlikeness(self, z: Tensor) -> Tensor:
+        """(n, n_features) -> (n,): root mean square of the standardised features, about 1 for those the router was fitted
+        on. Large where a prompt lies far from all of them; it says nothing of the direction."""
+        return self.router.normalise(z).square().mean(1).sqrt()

@@ -26,9 +26,11 @@ from paving.circuit.shards import open_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import read_controller
+from paving.serving import answers
 from paving.serving.entry import CONTROLLER
 from paving.serving.served import DEFAULT, Served, checked_policy
 from paving.serving.steps import spans_of
+from paving.serving.told import FIELD
 
 POLICY = "paving_policy"
 SUPPORTED = "0.32."  # the runner's methods that are wrapped below are no public interface
@@ -49,6 +51,7 @@ def install(where: str) -> None:
     check_version()
     controller = read_controller(controller_folder(where))
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -56,6 +59,8 @@ def install(where: str) -> None:
     _wrap(InputProcessor, "_validate_params", lambda old: _validate(old, controller))
     _wrap(InputProcessor, "resolve_watermarking", _no_beams)  # what beam search asks first of all
     _wrap(InputProcessor, "process_inputs", _no_sessions)
+    _wrap(Scheduler, "update_from_output", _tell)
+    answers.install(controller, _wrap)
     _wrap(kv_cache_utils, "generate_block_hash_extra_keys", _taint)
     for runner in (GPUModelRunner, CPUModelRunner):
         if "load_model" in vars(runner):
@@ -107,6 +112,10 @@ def check_config(config: Any, controller: ResidualPaving) -> None:
         & set(SERVED),
         "compiled models and CUDA graphs (add --enforce-eager)": not model.enforce_eager,
         "mean pooling and a prefix cache (add --no-enable-prefix-caching)": blind,
+        "another executor than vLLM's own, in the engine's process (--distributed-executor-backend)": str(
+            parallel.distributed_executor_backend
+        )
+        not in ("None", "uni"),
         "pipeline, tensor or data parallelism": parallel.world_size > 1 or parallel.data_parallel_size > 1,
         "half batches (--enable-dbo)": parallel.use_ubatching,
         "speculative decoding": config.speculative_config is not None,
@@ -264,10 +273,27 @@ def check_output(output: Any, served: Served) -> None:
         raise ServingError(f"the blocks of this model return {shapes}, and not hidden and residual of width {width}.")
 
 
+def _tell(old: Callable) -> Callable:
+    """A decision goes with the first of its request's outputs: the scheduled step knows the controller that ran it."""
+
+    def update(self: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        found = old(self, scheduled, *args, **kwargs)
+        served: Served | None = getattr(scheduled, KEPT, None)
+        for outputs in found.values() if served is not None else ():
+            for output in outputs.outputs:
+                told = served.tell(output.request_id)
+                if told is not None:
+                    output.kv_transfer_params = {**(output.kv_transfer_params or {}), FIELD: told.as_dict()}
+        return found
+
+    return update
+
+
 def _execute(old: Callable) -> Callable:
     def execute(self: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         served: Served = getattr(self, KEPT)
         served.finish(scheduled.finished_req_ids)
+        setattr(scheduled, KEPT, served)
         setattr(self, KEPT + "_step", scheduled if scheduled.total_num_scheduled_tokens else None)
         try:
             return old(self, scheduled, *args, **kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from paving.controller.residual_paving import ResidualPaving
 from paving.controller.weights import Edit
 from paving.intervention import RowState
 from paving.serving.steps import Span
+from paving.serving.told import Told
 
 log = logging.getLogger(__name__)
 CLOSED = RowState(gate=0.0)
@@ -30,6 +31,7 @@ class Request:
     """What is known of one request: its policy, what the router has read so far, and the decision, once taken.
 
     strength  (K,) float32, scale · gate · mixture; None where the gate is closed
+    told      whether `tell` has said it
     """
 
     policy: GatePolicy
@@ -37,6 +39,8 @@ class Request:
     read: int = 0  # prompt tokens that went into them
     state: RowState | None = None
     strength: Tensor | None = None
+    boundary: float | None = None
+    told: bool = False
 
 
 class Served:
@@ -102,6 +106,15 @@ class Served:
             request.state, request.strength = CLOSED, None
         self.again, self._reads, self._read, self._edits, self._rows = False, [], {}, {}, None
 
+    def tell(self, request: str) -> Told | None:
+        """What was decided, once; None before, and ever after."""
+        known = self.requests.get(request)
+        if known is None or known.state is None or known.told:
+            return None
+        known.told = True
+        failed = known.state.logit is None and known.policy.name != "closed"
+        return Told(known.policy.name, **asdict(known.state), boundary=known.boundary, failed=failed)
+
     def finish(self, requests: Iterable[str]) -> None:
         for name in requests:
             self.requests.pop(name, None)
@@ -158,6 +171,7 @@ class Served:
         decision = self.controller.with_policy(request.policy).decide(z, None)
         request.state = decision.rows()[0]
         request.sums = {}
+        request.boundary = float(self.controller.weights.unlikeness(z))
         if request.state.gate > 0:
             request.strength = self.controller.scale * decision.gate[0] * decision.mixture[0]
 

@@ -108,6 +108,7 @@ def calibrate(
     with torch.no_grad():
         z = boundary_matrix(backbone, prompts, controller.config)
         logits, _ = controller.weights.route(z)
+        boundary = controller.weights.unlikeness(z).tolist()
     threshold = choose_threshold(logits, [p.bucket for p in prompts], harmful_cost=config.harmful_cost)
     promised: tuple[Promise, ...] = ()
     if config.promise is not None:
@@ -138,7 +139,7 @@ def calibrate(
     deployed = controller.with_scale(chosen.scale).with_policy(
         gate_policy(chosen.policy, threshold), name="learned+veto" if use_veto else "learned"
     )
-    deployed = replace(deployed, reference=reference_of(logits.tolist(), prompts))
+    deployed = replace(deployed, reference=reference_of(logits.tolist(), prompts, boundary=boundary))
     return Calibrated(deployed, threshold, tuple(points), chosen, promised)
 
 

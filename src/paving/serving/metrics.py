@@ -1,0 +1,120 @@
+"""What the gates of a server did, beside vLLM's own metrics at /metrics, and the drift watch over its prompts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from paving.controller.gates import CONFORMAL
+from paving.controller.residual_paving import ResidualPaving
+from paving.serving.drift import LEVEL, Drift
+from paving.serving.told import Told
+
+log = logging.getLogger(__name__)
+GATES = tuple(i / 10 for i in range(11))
+
+
+class Meters(NamedTuple):
+    requests: Any
+    vetoes: Any
+    abstentions: Any
+    failures: Any
+    gate: Any
+    boundary: Any
+    far: Any
+    drifted: Any
+    calibration: Any
+
+
+@functools.cache
+def meters() -> Meters:
+    """In prometheus_client's registry, as vLLM's are; once in a process."""
+    from prometheus_client import Counter, Gauge, Histogram
+
+    def gauge(name: str, what: str, labels: tuple[str, ...] = ()) -> Any:
+        return Gauge(name, what, labels, multiprocess_mode="mostrecent")
+
+    return Meters(
+        requests=Counter("paving:requests", "Requests by policy and by whether their gate opened.", ("policy", "gate")),
+        vetoes=Counter("paving:vetoes", "Gates that the veto closed."),
+        abstentions=Counter("paving:abstentions", "Gates of a conformal policy that abstained."),
+        failures=Counter("paving:gate_failures", "Gates that could not be decided and stayed closed."),
+        gate=Histogram("paving:gate", "Gates as they were applied; 0 is closed.", buckets=GATES),
+        boundary=Histogram(
+            "paving:boundary",
+            "Size of prompts' standardised boundary features; about 1 for those the router was fitted on.",
+            buckets=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0),
+        ),
+        far=gauge("paving:far_ratio", f"Share of recent prompts farther off than {1 - LEVEL:.0%} of calibration's."),
+        drifted=gauge("paving:drift", "1 where recent prompts are unlike calibration's, so that its promise says nothing."),
+        calibration=gauge("paving:calibration_open_ratio", "Share of calibration's groups whose gate opens.", ("bucket",)),
+    )
+
+
+class Watch:
+    """Counts the decisions of one controller."""
+
+    def __init__(self, controller: ResidualPaving):
+        self.controller = controller
+        self.meters = meters()
+        self.drift = _drift(controller)
+        self._warned = False
+        for bucket, share in calibration_open(controller).items():
+            self.meters.calibration.labels(bucket).set(share)
+
+    def count(self, told: Told) -> None:
+        self.meters.requests.labels(told.policy, "open" if told.gate > 0 else "closed").inc()
+        if told.failed:
+            self.meters.failures.inc()
+        if told.veto:
+            self.meters.vetoes.inc()
+        if told.logit is None:
+            return  # asked to be closed: nothing was decided, and no prompt looked at
+        self.meters.gate.observe(told.gate)
+        kind, _, alpha = told.policy.partition(":")
+        if kind == CONFORMAL and self.controller.reference.verdict(told.logit, float(alpha)) == "abstain":
+            self.meters.abstentions.inc()
+        if told.boundary is not None:
+            self._watch(told.boundary)
+
+    def _watch(self, boundary: float) -> None:
+        self.meters.boundary.observe(boundary if math.isfinite(boundary) else 1e9)
+        if self.drift is None:
+            return
+        self.drift.seen(boundary)
+        drifted = self.drift.drifted
+        self.meters.far.set(self.drift.far / self.drift.n)
+        self.meters.drifted.set(drifted)
+        if drifted and not self._warned:
+            log.warning(
+                "paving: of the last %d prompts %d lie farther off than %.0f %% of the calibration's (chance %.1e): what is "
+                "promised of the gate is promised for prompts like the calibration's, and not for these",
+                self.drift.n, self.drift.far, 100 * (1 - LEVEL), self.drift.chance,
+            )  # fmt: skip
+        self._warned = drifted
+
+
+def calibration_open(controller: ResidualPaving) -> dict[str, float]:
+    """Bucket -> share of calibration's groups whose gate opens under the controller's own policy, before any veto."""
+    reference = controller.reference
+    if reference is None:
+        return {}
+    logits = {b: getattr(reference, b) for b in ("edit", "benign_keep", "harmful_keep")}
+    return {
+        bucket: float((controller.policy.gate(torch.tensor(values), None) > 0).float().mean())
+        for bucket, values in logits.items()
+        if values
+    }
+
+
+def _drift(controller: ResidualPaving) -> Drift | None:
+    known = () if controller.reference is None else controller.reference.boundary
+    try:
+        return Drift(known)
+    except ValueError as error:
+        log.warning("paving: no drift watch: %s", error)
+        return None
