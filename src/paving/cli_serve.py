@@ -19,6 +19,9 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Loopback unless you say otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    allow_oracle: Annotated[
+        bool, typer.Option("--allow-oracle", help="For measuring: requests may ask for the oracle and open gates.")
+    ] = False,
 ) -> None:
     """Serve with vLLM; options behind `--` are vLLM's own, as --api-key or --max-model-len.
 
@@ -27,7 +30,9 @@ def serve(
     """
     from paving.serving.command import server_command
 
-    command, environment = server_command(run, model=model, host=host, port=port, extra=context.args)
+    command, environment = server_command(
+        run, model=model, host=host, port=port, extra=context.args, allow_oracle=allow_oracle
+    )
     # Not the whole command: an API key may be in it.
     say(f"serving {command[4]} with {environment['PAVING_CONTROLLER']} on http://{host}:{port}")
     os.execvpe(command[0], command, environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 
 from paving.controller import Hard, Reference, Soft
 from paving.controller.config import ControllerConfig
-from paving.serving.served import CLOSED, Served, checked_policy
+from paving.serving.served import CLOSED, Asked, Served, asked_for
 from paving.serving.steps import Span
 from paving.serving.told import Told, as_told
 from tiny_models import LATE, ROUTED, lively, tiny_backbone
@@ -29,8 +30,8 @@ def controller(request):
 class Engine:
     """Keeps every request's states and runs steps of spans over them; two tensors add up to the residual stream."""
 
-    def __init__(self, controller, prompts: dict[str, int], seed: int = 0):
-        self.served = Served(controller, device=torch.device("cpu"), dtype=torch.float32)
+    def __init__(self, controller, prompts: dict[str, int], seed: int = 0, *, diagnostics: bool = False):
+        self.served = Served(controller, device=torch.device("cpu"), dtype=torch.float32, diagnostics=diagnostics)
         generator = torch.Generator().manual_seed(seed)
         self.resid = {name: torch.randn(LAYERS, prompt + 9, WIDTH, generator=generator) for name, prompt in prompts.items()}
         self.prompts = prompts
@@ -41,7 +42,7 @@ class Engine:
         for name, position, length in parts:
             spans.append(Span(name, start, length, position, self.prompts[name]))
             start += length
-        self.served.begin(spans, policies or {})
+        self.served.begin(spans, {k: v if isinstance(v, Asked) else Asked(v) for k, v in (policies or {}).items()})
         found = self._pass(parts)
         if self.served.again:
             self.served.second_pass()
@@ -148,7 +149,7 @@ def test_each_request_has_its_own_policy(controller):
 def test_what_no_request_may_ask_for_is_refused_and_stays_closed_if_it_comes_through(controller, name, caplog):
     controller = replace(controller, reference=Reference((0.0,), (0.0,), (0.0,)))
     with pytest.raises(ValueError, match=r"a request may ask for|needs 999 groups"):
-        checked_policy(controller, name)
+        asked_for(controller, Asked(name))
     engine = Engine(controller, {"a": 4})
     engine.step(("a", 0, 4), policies={"a": name})
     assert engine.served.requests["a"].state == CLOSED and "paving: a:" in caplog.text
@@ -197,3 +198,47 @@ def test_a_gate_that_could_not_be_decided_is_told_as_failed(controller, monkeypa
     engine = Engine(controller, {"a": 3})
     engine.step(("a", 0, 3))
     assert engine.served.tell("a") == Told("soft", gate=0.0, failed=True)
+
+
+def test_the_oracle_reads_a_bucket_where_measuring_is_allowed_and_nowhere_else(controller):
+    asked = {
+        "a": Asked("oracle", "edit"), "b": Asked("oracle", "harmful_keep"), "c": Asked("open"), "d": Asked("hard"),
+    }  # fmt: skip
+    for diagnostics in (True, False):
+        engine = Engine(controller, dict.fromkeys(asked, 3), diagnostics=diagnostics)
+        engine.step(*((name, 0, 3) for name in asked), policies=asked)
+        told = {name: engine.served.tell(name) for name in asked}
+        assert [told[name].gate for name in "abc"] == ([1.0, 0.0, 1.0] if diagnostics else [0.0] * 3)
+        assert [told[name].failed for name in "abc"] == [not diagnostics] * 3
+        assert not told["d"].failed
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Asked("oracle"), "needs the prompt's bucket, one of edit, benign_keep, harmful_keep; got None"),
+        (Asked("oracle", "safe"), "got 'safe'"),
+        (Asked("hard", veto="no"), "veto is 'no', neither 1 nor 0"),
+        (Asked(["hard"]), "is none that a request may ask for"),
+    ],
+)
+def test_what_a_request_asks_wrongly_is_one_clear_error(controller, asked, said):
+    with pytest.raises(ValueError, match=said):
+        asked_for(controller, asked, diagnostics=True)
+
+
+def test_a_request_may_leave_a_fitted_veto_out_for_measuring(controller):
+    weights = copy.deepcopy(controller.weights)
+    weights.veto.fitted.fill_(1.0)
+    weights.veto.threshold.fill_(-1e9)  # closes every gate
+    vetoing = replace(controller, weights=weights, use_veto=True)
+    asked = {"a": Asked("hard"), "b": Asked("hard", veto=False), "c": Asked()}
+    engine = Engine(vetoing.with_policy(Hard(-1e9)), dict.fromkeys(asked, 3), diagnostics=True)
+    engine.step(*((name, 0, 3) for name in asked), policies=asked)
+    told = [engine.served.tell(name) for name in asked]
+    assert [(t.gate, t.veto) for t in told] == [(0.0, True), (1.0, None), (0.0, True)]
+    with pytest.raises(ValueError, match="not started with --allow-oracle"):
+        asked_for(vetoing, Asked("hard", veto=False))
+    weights.veto.fitted.fill_(0.0)
+    with pytest.raises(ValueError, match="no fitted veto"):
+        asked_for(replace(vetoing, use_veto=False), Asked("hard", veto=1), diagnostics=True)

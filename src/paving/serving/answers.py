@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from paving.serving.told import FIELD, as_told
 Wrap = Callable[[Any, str, Callable[[Callable], Callable]], None]
 KEPT = "_paving_told"  # on vLLM's state of a request
 DATA = "data: "
+
+log = logging.getLogger(__name__)
 
 
 def install(controller: ResidualPaving, wrap: Wrap) -> None:
@@ -45,7 +48,10 @@ def _remember(watch: Watch, old: Callable) -> Callable:
             fields = (output.kv_transfer_params or {}).get(FIELD)
             if fields is not None:
                 setattr(state, KEPT, fields)
-                watch.count(as_told(fields))
+                try:
+                    watch.count(as_told(fields))
+                except Exception:  # a count is worth no answer
+                    log.exception("paving: the gate of %s could not be counted", output.request_id)
             elif known := getattr(state, KEPT, None):
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), FIELD: known}
         return old(self, outputs, *args, **kwargs)

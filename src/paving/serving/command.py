@@ -11,19 +11,20 @@ from pathlib import Path
 from paving.backbone.embedded import EMBEDDED, embedded_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.store import ControllerError, read_controller
-from paving.serving.entry import CONTROLLER
+from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
 
 SERVER = "vllm.entrypoints.openai.api_server"
 
 
 def server_command(
-    where: str | Path, *, model: str | None, host: str, port: int, extra: Sequence[str] = ()
+    where: str | Path, *, model: str | None, host: str, port: int, extra: Sequence[str] = (), allow_oracle: bool = False
 ) -> tuple[list[str], dict[str, str]]:
     """(command, environment) of the server. What a controller needs of it is added: eager mode always, and no prefix cache
     where the router averages over the prompt.
 
     model  the base's folder or name; None: what the controller was trained on
     extra  further options of vLLM, as they are
+    allow_oracle  requests may say their prompt's bucket and ask for the oracle, open gates or no veto: for measuring
 
     raises ControllerError for a controller that cannot be read, or where vLLM is not installed
     """
@@ -44,9 +45,9 @@ def server_command(
     command += ["--served-model-name", Path(base).name, "--host", host, "--port", str(port), "--enforce-eager"]
     if controller.config.pooling != "last":
         command.append("--no-enable-prefix-caching")
-    return [*command, *extra], {
-        **os.environ, CONTROLLER: str(folder.resolve()), "VLLM_USE_V2_MODEL_RUNNER": "0"
-    }  # fmt: skip
+    environment = {**os.environ, CONTROLLER: str(folder.resolve()), "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    environment[ALLOW_ORACLE] = "1" if allow_oracle else "0"
+    return [*command, *extra], environment
 
 
 def local_checkpoint(base: str) -> Path:

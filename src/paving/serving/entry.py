@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 CONTROLLER = "PAVING_CONTROLLER"
+ALLOW_ORACLE = "PAVING_ALLOW_ORACLE"  # 1: requests may give their prompt's true bucket, and ask for the oracle
 
 
 def register() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -27,12 +28,12 @@ from paving.controller.paved_model import controller_folder
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import read_controller
 from paving.serving import answers
-from paving.serving.entry import CONTROLLER
-from paving.serving.served import DEFAULT, Served, checked_policy
+from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
+from paving.serving.served import Asked, Served, asked_for
 from paving.serving.steps import spans_of
 from paving.serving.told import FIELD
 
-POLICY = "paving_policy"
+POLICY, BUCKET, VETO = "paving_policy", "paving_bucket", "paving_veto"  # of a request's extra arguments
 SUPPORTED = "0.32."  # the runner's methods that are wrapped below are no public interface
 # Whose blocks return (hidden, residual) with the residual stream as their sum: those of others would be misread.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -154,9 +155,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def asked_policy(params: Any) -> str | None:
-    """What a request asks for; None for the controller's own. Pooling requests have no such thing."""
-    return (getattr(params, "extra_args", None) or {}).get(POLICY)
+def asked(params: Any) -> Asked:
+    """What a request asks for. Pooling requests have no such thing. raises nothing: `asked_for` says what is wrong"""
+    extra = getattr(params, "extra_args", None) or {}
+    return Asked(extra.get(POLICY), extra.get(BUCKET), extra.get(VETO))
+
+
+def diagnostics_allowed() -> bool:
+    return os.environ.get(ALLOW_ORACLE) == "1"
 
 
 # --- the wrappers ---------------------------------------------------------------------------------------------------
@@ -172,16 +178,15 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
 
 
 def _validate(old: Callable, controller: ResidualPaving) -> Callable:
-    """A policy that no request may ask for is the user's error, HTTP 400, before anything is scheduled."""
+    """What no request may ask for is the user's error, HTTP 400, before anything is scheduled."""
     from vllm.exceptions import VLLMValidationError
 
     def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = asked_policy(params)
-        if asked is not None and asked != DEFAULT:
-            try:
-                checked_policy(controller, asked)
-            except ValueError as error:
-                raise VLLMValidationError(str(error), parameter=POLICY, value=asked) from None
+        found = asked(params)
+        try:
+            asked_for(controller, found, diagnostics=diagnostics_allowed())
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter=POLICY, value=found.policy) from None
         return old(self, params, *args, **kwargs)
 
     return validate
@@ -229,7 +234,7 @@ def _taint(old: Callable) -> Callable:
 
     def keys(request: Any, start: int, end: int, start_mm: int) -> Any:
         found, next_mm = old(request, start, end, start_mm)
-        if end > request.num_prompt_tokens - 1 and asked_policy(request.sampling_params) != "closed":
+        if end > request.num_prompt_tokens - 1 and asked(request.sampling_params).policy != "closed":
             found = (*(found or ()), ("paving", request.request_id))
         return found, next_mm
 
@@ -242,7 +247,8 @@ def _load(old: Callable, where: str) -> Callable:
         check_config(self.vllm_config, controller)
         check_base(self.model_config.model, controller)
         result = old(self, *args, **kwargs)
-        served = Served(controller, device=torch.device(self.device), dtype=self.model_config.dtype)
+        device, dtype = torch.device(self.device), self.model_config.dtype
+        served = Served(controller, device=device, dtype=dtype, diagnostics=diagnostics_allowed())
         setattr(self, KEPT, served)
         layers = decoder_layers(self.model)
         behind_blocks({layer: layers[layer] for layer in served.layers}, functools.partial(_edit, self, served))
@@ -317,7 +323,7 @@ def _forward(old: Callable) -> Callable:
             [int(batch.num_computed_tokens_cpu[i]) for i in range(len(names))],
             [int(batch.num_prompt_tokens[i]) for i in range(len(names))],
         )
-        served.begin(spans, {name: asked_policy(self.requests[name].sampling_params) for name in names})
+        served.begin(spans, {name: asked(self.requests[name].sampling_params) for name in names})
         output = old(self, *args, **kwargs)
         if served.again:
             served.second_pass()

@@ -13,28 +13,50 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from paving.controller.gates import GatePolicy
+from paving.backbone import PromptBatch
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.weights import Edit
 from paving.intervention import RowState
+from paving.prompts.types import Bucket
 from paving.serving.steps import Span
 from paving.serving.told import Told
 
 log = logging.getLogger(__name__)
 CLOSED = RowState(gate=0.0)
 DEFAULT = "default"
-POLICIES = ("soft", "hard", "thresholded", "closed")  # a request may ask for these, or conformal:ALPHA; never open or oracle
+POLICIES = ("soft", "hard", "thresholded", "closed")  # any request may ask for these, or conformal:ALPHA
+DIAGNOSTICS = ("oracle", "open")  # and where the server was started for measuring, for these
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request says of its gate. bucket and veto are for measuring alone, where the server allows that.
+
+    policy  None: the controller's own
+    bucket  the prompt's true one, which the oracle reads
+    veto    whether the veto may close the gate; None: as the controller has it
+    """
+
+    policy: str | None = None
+    bucket: str | None = None
+    veto: bool | None = None
+
+
+NOTHING = Asked()
 
 
 @dataclass
 class Request:
-    """What is known of one request: its policy, what the router has read so far, and the decision, once taken.
+    """What is known of one request: its controller, what the router has read so far, and the decision, once taken.
 
-    strength  (K,) float32, scale · gate · mixture; None where the gate is closed
-    told      whether `tell` has said it
+    controller  the server's, under the policy that was asked for
+    batch       of this one prompt, with its bucket where the oracle was asked for
+    strength    (K,) float32, scale · gate · mixture; None where the gate is closed
+    told        whether `tell` has said it
     """
 
-    policy: GatePolicy
+    controller: ResidualPaving
+    batch: PromptBatch
     sums: dict[int, Tensor] = field(default_factory=dict)  # mean pooling: layer -> (d_model,) over the prompt so far
     read: int = 0  # prompt tokens that went into them
     state: RowState | None = None
@@ -50,8 +72,9 @@ class Served:
     then, the same pass once more: route layers at or above edit layers decide in the first and edit in the second.
     """
 
-    def __init__(self, controller: ResidualPaving, *, device: torch.device, dtype: torch.dtype):
+    def __init__(self, controller: ResidualPaving, *, device: torch.device, dtype: torch.dtype, diagnostics: bool = False):
         self.controller = controller
+        self.diagnostics = diagnostics
         self.dtype = dtype
         controller.weights.eval().requires_grad_(False).to(device)
         config = controller.config
@@ -65,12 +88,12 @@ class Served:
         self._rows: Tensor | None = None
         self._edits: dict[int, Edit] = {}
 
-    def begin(self, spans: Sequence[Span], policies: Mapping[str, str | None]) -> None:
-        """policies: request -> what its user asked for, None for the controller's own."""
+    def begin(self, spans: Sequence[Span], asked: Mapping[str, Asked]) -> None:
+        """asked: request -> what its user asked for; nothing for one that is not in it."""
         self._spans, self.again = tuple(spans), False
         for span in spans:
             if span.request not in self.requests:
-                self.requests[span.request] = self._admitted(span, policies.get(span.request))
+                self.requests[span.request] = self._admitted(span, asked.get(span.request, NOTHING))
         undecided = [s for s in spans if self.requests[s.request].state is None]
         for span in undecided:
             request = self.requests[span.request]
@@ -112,22 +135,24 @@ class Served:
         if known is None or known.state is None or known.told:
             return None
         known.told = True
-        failed = known.state.logit is None and known.policy.name != "closed"
-        return Told(known.policy.name, **asdict(known.state), boundary=known.boundary, failed=failed)
+        policy = known.controller.policy.name
+        failed = known.state.logit is None and policy != "closed"
+        return Told(policy, **asdict(known.state), boundary=known.boundary, failed=failed)
 
     def finish(self, requests: Iterable[str]) -> None:
         for name in requests:
             self.requests.pop(name, None)
 
-    def _admitted(self, span: Span, policy: str | None) -> Request:
-        controller = self.controller
+    def _admitted(self, span: Span, asked: Asked) -> Request:
+        nobody = torch.zeros(1, 0, dtype=torch.int64, device=self.controller.weights.veto.bias.device)
         try:
-            named = controller.policy if policy in (None, DEFAULT) else checked_policy(controller, policy)
+            controller = asked_for(self.controller, asked, diagnostics=self.diagnostics)
         except ValueError as error:  # the front end has refused it already; whatever came through stays closed
             log.error("paving: %s: %s", span.request, error)
-            return Request(controller.policy, state=CLOSED)
-        closed = named.name == "closed"
-        return Request(named, state=CLOSED if closed else None)
+            return Request(self.controller, PromptBatch(nobody, nobody, (span.request,), (None,)), state=CLOSED)
+        bucket = None if asked.bucket is None else Bucket(asked.bucket)
+        batch = PromptBatch(nobody, nobody, (span.request,), (bucket,))
+        return Request(controller, batch, state=CLOSED if controller.policy.name == "closed" else None)
 
     def _collect(self, layer: int, hidden: Tensor, residual: Tensor) -> None:
         config = self.controller.config
@@ -168,7 +193,7 @@ class Served:
             self._plan_edits()
 
     def _take(self, request: Request, z: Tensor) -> None:
-        decision = self.controller.with_policy(request.policy).decide(z, None)
+        decision = request.controller.decide(z, request.batch)
         request.state = decision.rows()[0]
         request.sums = {}
         request.boundary = float(self.controller.weights.unlikeness(z))
@@ -192,9 +217,25 @@ class Served:
                 self._edits = self.controller.weights.experts.edits(strength, self.dtype)
 
 
-def checked_policy(controller: ResidualPaving, name: str) -> GatePolicy:
-    """raises ValueError for a policy that a request may not ask for, naming those it may"""
-    if not isinstance(name, str) or not (name in POLICIES or name.startswith("conformal:")):
-        raise ValueError(f"policy {name!r} is none that a request may ask for; allowed: {DEFAULT}, {', '.join(POLICIES)}, "
+def asked_for(controller: ResidualPaving, asked: Asked, *, diagnostics: bool = False) -> ResidualPaving:
+    """The controller under what a request asks for. diagnostics: whether it may ask for what is for measuring alone.
+
+    raises ValueError for what a request may not ask for, naming what it may
+    """
+    name, measuring = asked.policy, asked.bucket is not None or asked.veto is not None
+    if measuring and not diagnostics:
+        raise ValueError("a bucket or veto goes with measuring; this server was not started with --allow-oracle.")
+    if asked.veto not in (None, True, False):
+        raise ValueError(f"veto is {asked.veto!r}, neither 1 nor 0.")
+    use_veto = controller.use_veto if asked.veto is None else bool(asked.veto)
+    if use_veto and not bool(controller.weights.veto.fitted):
+        raise ValueError("this controller has no fitted veto.")
+    if name in (None, DEFAULT):
+        return controller.with_policy(controller.policy, use_veto=use_veto)
+    allowed = (*POLICIES, *(DIAGNOSTICS if diagnostics else ()))
+    if not isinstance(name, str) or not (name in allowed or name.startswith("conformal:")):
+        raise ValueError(f"policy {name!r} is none that a request may ask for; allowed: {DEFAULT}, {', '.join(allowed)}, "
                          "conformal:ALPHA.")  # fmt: skip
-    return controller.policy_named(name)
+    if name == "oracle" and asked.bucket not in {b.value for b in Bucket}:
+        raise ValueError(f"the oracle needs the prompt's bucket, one of {', '.join(Bucket)}; got {asked.bucket!r}.")
+    return controller.with_policy(controller.policy_named(name), use_veto=use_veto)
