@@ -32,6 +32,7 @@ TIERS = (
         "diagnose",
         "utility",
         "run",
+        "run_engine",
         "run_folder",
         "run_records",
         "run_rows",

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from paving import cli_circuit, cli_compare, cli_contrast, cli_judge, cli_reproduce, cli_router, cli_serve, cli_utility
-from paving.terminal import AsJson, err, layers, one_line_errors, out
+from paving.terminal import AsJson, err, json_object, layers, one_line_errors, out
 
 # Before torch is imported: a waiting OpenMP thread spins briefly, then sleeps. Endless spinning (the default) makes
 # small matrix products up to ten times slower where cores are virtual or shared. A user's own setting stays.
@@ -137,6 +137,10 @@ def evaluate(
     ] = None,
     mixture: Annotated[list[str] | None, typer.Option(help="Further rows by mixture: uniform, expert:0, ...")] = None,
     judge: Annotated[str | None, typer.Option(help="Judge the answers by another judge, into RUN/judges/.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="transformers, or vllm: decoded there, into RUN/engines/vllm/.")
+    ] = "transformers",
+    engine_options: Annotated[str, typer.Option(help="JSON of vLLM's own, as '{\"max_model_len\": 4096}'.")] = "{}",
     device: Device = "auto",
     cache: Cache = None,
     cache_gib: CacheGib = 8.0,
@@ -145,11 +149,16 @@ def evaluate(
 ) -> None:
     """Base, learned, learned+veto and oracle on the held-out split: completions, verdicts, metrics.json, report.html."""
     from paving import run as runs
+    from paving.run_engine import answers_folder
 
     with progress(quiet=as_json) as (stage, watch, say):
         means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
-        metrics = runs.evaluate(folder, means, policies=policy or (), mixtures=mixture or (), second_judge=judge)
-    show(metrics, folder if judge is None else runs.judge_folder(folder, metrics.judge), as_json)
+        metrics = runs.evaluate(
+            folder, means, policies=policy or (), mixtures=mixture or (), second_judge=judge, engine=engine,
+            engine_options=json_object(engine_options, "--engine-options"),
+        )  # fmt: skip
+    answers = answers_folder(folder, engine)
+    show(metrics, answers if judge is None else runs.judge_folder(answers, metrics.judge), as_json)
 
 
 @app.command()

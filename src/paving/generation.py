@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,7 @@ from paving.intervention import Applied, Intervention, RowState
 from paving.prompts.types import Prompt
 
 Tick = Callable[[int], None]
+TRANSFORMERS = "transformers"
 
 
 class Decoding(BaseModel):
@@ -60,6 +62,25 @@ class Completion:
     mixture: tuple[float, ...] | None = None
 
 
+class Engine(Protocol):
+    """What decodes answers: `generate` of this module, or an engine that serves. name: written beside what it decoded."""
+
+    name: str
+
+    def generate(
+        self,
+        backbone: Backbone,
+        prompts: Sequence[Prompt],
+        intervention: Intervention,
+        decoding: Decoding,
+        *,
+        batch_size: int = 32,
+        known: Sequence[Mapping[str, Completion]] = (),
+        by_row: bool = False,
+        tick: Tick | None = None,
+    ) -> list[Completion]: ...
+
+
 def generate(
     backbone: Backbone,
     prompts: Sequence[Prompt],
@@ -93,6 +114,13 @@ def generate(
     return [done[p.id] for p in prompts]
 
 
+class Transformers:
+    """Decoding here, with the backbone itself."""
+
+    name = TRANSFORMERS
+    generate = staticmethod(generate)
+
+
 def batches_by_length(
     prompts: Sequence[Prompt], rows: Mapping[str, Sequence[int]], batch_size: int
 ) -> Iterator[list[Prompt]]:
@@ -122,23 +150,23 @@ def complete_batch(
         states = applied.rows()
     if stop.found is not None:
         return [_with_state(c, s) for c, s in zip(stop.found, states, strict=True)]
-    completions = []
-    for prompt, state, tokens in zip(prompts, states, answers.tolist(), strict=True):
-        ends = [i for i, token in enumerate(tokens) if token in backbone.eos_ids]
-        truncated = not ends
-        tokens = tokens if truncated else tokens[: ends[0]]
-        completions.append(
-            Completion(
-                id=prompt.id,
-                bucket=prompt.bucket.value,
-                prompt=prompt.text,
-                response=backbone.tokenizer.decode(tokens, skip_special_tokens=True),
-                n_tokens=len(tokens),
-                truncated=truncated,
-                **asdict(state),
-            )
-        )
-    return completions
+    rows = zip(prompts, answers.tolist(), states, strict=True)
+    return [completion_of(backbone, prompt, tokens, state) for prompt, tokens, state in rows]
+
+
+def completion_of(backbone: Backbone, prompt: Prompt, tokens: Sequence[int], state: RowState) -> Completion:
+    """tokens: the new ones, to the end of the answer or beyond it; without an end among them it was cut."""
+    ends = [i for i, token in enumerate(tokens) if token in backbone.eos_ids]
+    tokens = tokens[: ends[0]] if ends else tokens
+    return Completion(
+        id=prompt.id,
+        bucket=prompt.bucket.value,
+        prompt=prompt.text,
+        response=backbone.tokenizer.decode(tokens, skip_special_tokens=True),
+        n_tokens=len(tokens),
+        truncated=not ends,
+        **asdict(state),
+    )
 
 
 @torch.inference_mode()

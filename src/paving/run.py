@@ -6,7 +6,7 @@ Every stage writes into the run folder and is taken from there when the same com
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from paving.evaluation.routing import router_diagnostics, threshold_curve
 from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, table_rows
 from paving.evaluation.three_way import Protocol, three_way
 from paving.evaluation.utility import read_utility
-from paving.generation import Completion
+from paving.generation import TRANSFORMERS, Completion
 from paving.prompts.leakage import drop_exact_duplicates, group_near_duplicates, refuse_leakage
 from paving.prompts.readers import read_prompts
 from paving.prompts.splits import restrict, split_prompts
@@ -33,6 +33,7 @@ from paving.prompts.starter_set import starter_prompts
 from paving.prompts.types import Bucket, Prompt, PromptError, SplitName, Splits, count_by_bucket
 from paving.report import write_report
 from paving.report.comparison import rows_to_show
+from paving.run_engine import answers_folder, engine_of
 from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json, write_text
 from paving.run_records import card_rows, examples_of, gate_logits, scale_points
 from paving.run_rows import row_specs
@@ -138,27 +139,33 @@ def evaluate(
     mixtures: Sequence[str] = (),
     judge: Judge | None = None,
     second_judge: str | None = None,
+    engine: str = TRANSFORMERS,
+    engine_options: Mapping[str, object] | None = None,
 ) -> Metrics:
     """The three-way protocol on the run's held-out split: base, learned, learned+veto, oracle, and any further row.
 
     second_judge: judge the same answers by another judge (see judges.named); its verdicts, metrics and report go to
                   `judge_folder`, beside those of the run's own, which stay. The split stays the run's own, too.
+    engine: `vllm` decodes every row there, with the controller served (paving.serving.offline); its answers, verdicts,
+            metrics and report go to RUN/engines/vllm. Preservation is measured here in any case.
     """
     config = read_config(folder)
+    answers = answers_folder(folder, engine)
     if not (folder / "controller" / "controller.json").exists():
         way = "Train it first: paving train" if config.router is None else "Finish its search: paving router search RUN"
         raise RunError(f"{folder} has no finished controller. {way} --out {folder} ...")
     split = split_of(config)
     verdicts_by = means.judge(second_judge) if second_judge else judge or means.judge(config.judge)
-    out = judge_folder(folder, verdicts_by.name) if second_judge else folder
+    out = judge_folder(answers, verdicts_by.name) if second_judge else answers
     backbone = means.load(config.model, config.dtype)
     store = means.store()
     controller = load_controller(folder / "controller", backbone)
     policies, mixtures = with_earlier_rows((folder, out), policies, mixtures)
     specs = row_specs(controller, policies, folder, mixtures)  # a row that is not known is refused before minutes are spent
     held_out = recorded_split(split.splits, folder).of(SplitName.HELD_OUT)
-    protocol = Protocol(config.decoding, verdicts_by, k=config.training.top_k)
-    measured = three_way(backbone, held_out, specs, protocol, store, folder, means.stage, verdicts=out / "verdicts")
+    with engine_of(engine, folder / "controller", controller, backbone, engine_options) as decoder:
+        protocol = Protocol(config.decoding, verdicts_by, k=config.training.top_k, engine=decoder)
+        measured = three_way(backbone, held_out, specs, protocol, store, answers, means.stage, verdicts=out / "verdicts")
     rows = table_rows(measured, held_out)
     deployed = "learned+veto" if controller.use_veto else "learned"
     calibration = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
@@ -171,6 +178,7 @@ def evaluate(
         seed=config.training.seed,
         judge=verdicts_by.name,
         decoding=config.decoding.model_dump(),
+        engine=protocol.engine.name,
         buckets=recorded["counts"],
         filters=recorded["filters"],
         rows=rows,
@@ -191,10 +199,10 @@ def evaluate(
     )
     write_json(folder / "groups.json", {p.id: p.group for p in held_out})  # intervals over several runs redraw by group
     write_text(out / "metrics.json", metrics.model_dump_json(indent=1))
-    if second_judge is None:
+    if out == folder:
         write_card(folder / "controller", description, card_rows(metrics))
-    report(folder, out)
-    if second_judge is not None and (folder / "metrics.json").exists():
+    report(folder, out, answers)
+    if out != folder and (folder / "metrics.json").exists():
         report(folder)  # what this judge calls HARMFUL is no longer shown there either
     return metrics
 
@@ -221,10 +229,11 @@ def judge_folder(folder: Path, judge: str) -> Path:
     return folder / "judges" / "".join(c if c.isalnum() or c in "-_." else "-" for c in judge)
 
 
-def report(folder: Path, judged: Path | None = None) -> Path:
+def report(folder: Path, judged: Path | None = None, answers: Path | None = None) -> Path:
     """(Re)write report.html from what the run folder holds. No model is loaded.
 
-    judged: a second judge's folder, whose verdicts and metrics are reported instead of the run's own
+    judged:  a second judge's or an engine's folder, whose verdicts and metrics are reported instead of the run's own
+    answers: an engine's folder, whose answers are
     """
     out = judged or folder
     path = out / "metrics.json"
@@ -234,7 +243,7 @@ def report(folder: Path, judged: Path | None = None) -> Path:
         metrics = Metrics.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path} is damaged or of another version. Evaluate again: paving eval {folder}") from error
-    examples = examples_of(folder, out / "verdicts", [r.name for r in metrics.rows])
+    examples = examples_of(answers or folder, out / "verdicts", [r.name for r in metrics.rows], run=folder)
     further = {"diagnostics": diagnostics_of(folder), "utility": read_utility(folder / "utility.json")}
     if judged is None:  # comparators are judged by the run's own judge alone
         further |= comparison_of(folder, metrics.judge)

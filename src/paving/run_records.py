@@ -90,9 +90,9 @@ def examples_of(
 
 
 def harmful_to_any(folder: Path) -> set[str]:
-    """Texts (`text_hash`) that the run's own or a second judge called HARMFUL, in whichever row or comparator."""
+    """Texts (`text_hash`) that the run's own or a second judge called HARMFUL, in whichever row, comparator or engine."""
     patterns = ("verdicts/*.jsonl", "judges/*/verdicts/*.jsonl", "comparison/verdicts/*.jsonl")
-    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    paths = [path for pattern in patterns for engine in ("", "engines/*/") for path in folder.glob(engine + pattern)]
     return {v.text_sha256 for path in paths for v in read_verdicts(path) if v.label is Label.HARMFUL and v.text_sha256}
 
 

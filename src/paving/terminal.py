@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, NoReturn
@@ -48,6 +49,17 @@ def fail(message: str) -> NoReturn:
     err.print("[red]Error:[/]", end=" ")
     err.print(message, highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(1) from None
+
+
+def json_object(text: str, option: str) -> dict:
+    """raises ValueError for what is no JSON object, naming the option it was given to"""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} takes a JSON object; {text!r} is none: {error}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{option} takes a JSON object; {text!r} is none.")
+    return found
 
 
 def say(text: str) -> None:

@@ -24,9 +24,7 @@ def config(**changes):
             quantization=None,
             enable_prompt_embeds=False,
         ),
-        parallel_config=SimpleNamespace(
-            world_size=1, data_parallel_size=1, use_ubatching=False, distributed_executor_backend="uni"
-        ),
+        parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1, use_ubatching=False),
         cache_config=SimpleNamespace(enable_prefix_caching=True, kv_sharing_fast_prefill=False),
         load_config=SimpleNamespace(load_format="auto"),
         speculative_config=None,
@@ -58,7 +56,6 @@ def test_a_plain_configuration_is_served(controller):
         ("model_config__hf_config__architectures", ["CohereForCausalLM"], "architecture CohereForCausalLM"),
         ("model_config__hf_config__architectures", None, "architecture"),
         ("model_config__enforce_eager", False, "--enforce-eager"),
-        ("parallel_config__distributed_executor_backend", "mp", "--distributed-executor-backend"),
         ("model_config__quantization", "awq", "quantised"),
         ("model_config__enable_prompt_embeds", True, "prompt embeddings"),
         ("parallel_config__world_size", 2, "parallelism"),

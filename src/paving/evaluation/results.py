@@ -157,6 +157,7 @@ class Metrics(Record):
     seed: int
     judge: str
     decoding: dict[str, Any]  # {"max_new_tokens": 64, "do_sample": False}
+    engine: str = "transformers"  # what decoded the answers of every row
     buckets: dict[str, dict[str, int]]  # split -> bucket -> n
     filters: list[dict[str, Any]]  # counts before and after every filter
     rows: list[Row]

