@@ -66,7 +66,7 @@ def test_what_is_finished_is_not_done_again(files, tmp_path, means, monkeypatch)
 
     for where in ("stages.attribute", "stages.weight_delta", "rows.weight_delta", "stages.sweep"):
         monkeypatch.setattr(f"paving.circuit_run.{where}", forbidden)
-    monkeypatch.setattr("paving.evaluation.three_way.generate", forbidden)
+    monkeypatch.setattr("paving.generation.generate", forbidden)
     assert find(tiny_circuit(files), folder, means) == delta.mask
     assert edit(folder, means, judge=WordJudge()).edited().keys() == delta.edited().keys()
     assert evaluate(folder, means, against=["random"], judge=WordJudge()) == first

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from paving import generation
 from paving import run as runs
 from paving.ablations import run_ablation
 from paving.controller.config import ControllerConfig
-from paving.evaluation import three_way
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import load_completions
 from paving.prompts.types import Bucket
@@ -107,8 +107,8 @@ def test_an_ablation_shares_prompts_scale_and_base_answers_with_its_run(finished
     folder, full = finished
     monkeypatch.setattr("paving.run.judge_from", lambda line, **_: WordJudge())
     decoded = []
-    generate = three_way.generate
-    monkeypatch.setattr(three_way, "generate", lambda *a, **k: decoded.append(a[2].name) or generate(*a, **k))
+    generate = generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: decoded.append(a[2].name) or generate(*a, **k))
     metrics = run_ablation(folder, "no-contrastive", tmp_path / "variant", setting[1])
     assert "base" not in decoded and "learned" in decoded
     assert metrics.rows[0] == full.rows[0] and metrics.rows[1].scale == full.rows[1].scale
@@ -202,7 +202,7 @@ def test_what_a_second_judge_calls_harmful_is_shown_by_no_report_of_the_run(fini
 def test_a_second_judge_reads_the_same_answers_and_leaves_the_first_ones_verdicts(finished, setting, monkeypatch):
     folder, _ = finished
     kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "judges" not in p.parts}
-    monkeypatch.setattr("paving.evaluation.three_way.generate", lambda *a, **k: pytest.fail("decoded again"))
+    monkeypatch.setattr("paving.generation.generate", lambda *a, **k: pytest.fail("decoded again"))
     monkeypatch.setattr("paving.run.judge_from", lambda line, **_: Lenient())
     second = runs.evaluate(folder, setting[1], judge=WordJudge(), second_judge="rules")
     assert second.judge == "api:lenient/1" and {r.refusal["edit"].k for r in second.rows} == {0}
@@ -215,7 +215,7 @@ def test_a_second_judge_reads_the_same_answers_and_leaves_the_first_ones_verdict
 
 def test_a_second_evaluation_decodes_nothing_again(finished, setting, monkeypatch):
     folder, metrics = finished
-    monkeypatch.setattr("paving.evaluation.three_way.generate", lambda *a, **k: pytest.fail("decoded again"))
+    monkeypatch.setattr("paving.generation.generate", lambda *a, **k: pytest.fail("decoded again"))
     again = {r.name: r for r in runs.evaluate(folder, setting[1], judge=WordJudge(), policies=["open"]).rows}
     assert [again[r.name] for r in metrics.rows] == metrics.rows
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -118,7 +118,9 @@ class Transformers:
     """Decoding here, with the backbone itself."""
 
     name = TRANSFORMERS
-    generate = staticmethod(generate)
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
+        return generate(*args, **kwargs)
 
 
 def batches_by_length(

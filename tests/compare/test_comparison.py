@@ -11,12 +11,12 @@ import pytest
 from stand_in import SCALES, Fitted, stand_in
 
 from command_line import paving, refused
+from paving import generation
 from paving.compare import compare, sweep
 from paving.compare import comparison as comparing
 from paving.compare.bench import open_bench
 from paving.compare.fitting import Fitting
 from paving.compare.sweep import decided_open, figures, open_answers
-from paving.evaluation import three_way
 from paving.evaluation.comparison import Comparison, Limits
 from paving.evaluation.judges import Label, Verdict
 from paving.evaluation.statistics import preservation_score
@@ -125,7 +125,7 @@ def test_a_second_comparison_fits_and_decodes_nothing_and_one_more_method_takes_
     first = (run / "comparison" / "comparison.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "generate", lambda *a, **k: pytest.fail("decoded again"))
-        patch.setattr(three_way, "generate", lambda *a, **k: pytest.fail("decoded again"))
+        patch.setattr(generation, "generate", lambda *a, **k: pytest.fail("decoded again"))
         unfit = replace(one, fit=lambda *a: pytest.fail("fitted again"))
         compare(run, means, judge=WordJudge(), table=[unfit], variants=["oracle"])
         assert (run / "comparison" / "comparison.json").read_bytes() == first
@@ -136,7 +136,7 @@ def test_a_second_comparison_fits_and_decodes_nothing_and_one_more_method_takes_
     assert again.objectives == ["two", "three"]
 
 
-@pytest.mark.parametrize("module, at", [(sweep, 4), (three_way, 2)])
+@pytest.mark.parametrize("module, at", [(sweep, 4), (generation, 2)])
 def test_a_killed_comparison_goes_on_to_the_same_file(run, means, done, monkeypatch, module, at):
     calls = []
 
@@ -171,7 +171,9 @@ def test_another_version_of_a_method_is_measured_again(run, means):
 
 def test_the_bases_answers_are_the_runs_and_the_global_row_serves_the_others(run, means, monkeypatch):
     decoded = []
-    monkeypatch.setattr(three_way, "generate", lambda *a, **k: decoded.append((a[2].name, k["by_row"])) or generate(*a, **k))
+    monkeypatch.setattr(
+        generation, "generate", lambda *a, **k: decoded.append((a[2].name, k["by_row"])) or generate(*a, **k)
+    )
     table = [stand_in(scales=(1.0,))]
     found = compare(run, means, judge=WordJudge(), table=table, objectives=["two"], limits=Limits(benign_preservation=0))
     assert all(by_row for _, by_row in decoded), "rows of a mixed batch come from the base and the global row"

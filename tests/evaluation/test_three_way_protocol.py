@@ -122,7 +122,7 @@ def test_verdicts_are_saved_with_the_rule_that_gave_them(run):
 
 def test_a_second_run_takes_every_answer_from_disk(run, backbone, monkeypatch):
     rows, folder, store = run
-    monkeypatch.setattr(module, "generate", lambda *_a, **_k: pytest.fail("generated again"))
+    monkeypatch.setattr(generation, "generate", lambda *_a, **_k: pytest.fail("generated again"))
     monkeypatch.setattr(module, "keep_divergence", lambda *_a, **_k: pytest.fail("measured again"))
     again = three_way(backbone, some_prompts(), specs_of(backbone), PROTOCOL, store, folder, quiet)
     assert table_rows(again, some_prompts()) == rows
@@ -194,13 +194,13 @@ def test_preservation_rests_on_the_gates_of_the_answers(backbone, tmp_path, monk
     measure = module.keep_divergence
     monkeypatch.setattr(module, "keep_divergence", lambda b, keeps, *a, **k: asked.append([p.id for p in keeps])
                         or measure(b, keeps, *a, **k))  # fmt: skip
-    decode = module.generate
+    decode = generation.generate
 
     def undecided(*a, **k):
         done = decode(*a, **k)
         return [replace(c, gate=0.0) if c.bucket == Bucket.HARMFUL_KEEP else c for c in done]
 
-    monkeypatch.setattr(module, "generate", undecided)
+    monkeypatch.setattr(generation, "generate", undecided)
     spec = RowSpec(lively(backbone, policy=AlwaysOpen(), name="open"), "diagnostic", "open", 1.0, "o")
     _, row = three_way(backbone, some_prompts(), [spec], PROTOCOL, TraceStore(tmp_path / "c"), tmp_path, quiet)
     benign = [p.id for p in some_prompts() if p.bucket == Bucket.BENIGN_KEEP]
@@ -233,7 +233,7 @@ def test_answers_of_another_controller_decoding_prompt_or_batching_are_not_taken
     def generate(*_a, **_k):
         raise Asked
 
-    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(generation, "generate", generate)
     with pytest.raises(Asked):
         completions_of(backbone, prompts, spec, protocol, folder, (), quiet)
 
