@@ -104,6 +104,27 @@ def test_requests_in_one_batch_are_each_edited_as_by_themselves(controller, seed
         assert engine.served.requests[name].state.gate == pytest.approx(row.gate, abs=1e-5)
 
 
+def test_experts_are_weighed_anew_only_where_other_rows_are_open(controller, monkeypatch):
+    prompts = {"a": 3, "b": 2, "c": 2}
+    engine = Engine(controller, prompts)
+    made = []
+    experts = type(controller.weights.experts)
+    weigh = experts.edits
+    monkeypatch.setattr(experts, "edits", lambda self, *a: made.append(1) or weigh(self, *a))
+    engine.step(("a", 0, 3), ("b", 0, 2))
+    made.clear()
+    found = engine.step(("a", 3, 1), ("b", 2, 1)) | engine.step(("a", 4, 1), ("b", 3, 1))
+    assert len(made) == 1
+    found |= engine.step(("b", 4, 1), ("a", 5, 1))  # the same requests, other rows
+    assert len(made) == 2
+    engine.served.finish(["b"])
+    found |= engine.step(("a", 6, 1), ("c", 0, 2)) | engine.step(("a", 7, 1), ("c", 2, 1))
+    for name, first, end in (("a", 3, 8), ("b", 2, 5), ("c", 0, 3)):
+        edited, _ = by_itself(controller, engine.resid[name][:, :end], prompts[name])
+        mine = torch.stack([found[name, t] for t in range(first, end)], dim=1)
+        torch.testing.assert_close(mine, edited[:, first:end], rtol=1e-4, atol=1e-4)
+
+
 def test_a_prompt_in_chunks_is_read_as_a_whole_one(controller):
     whole, chunked = (Engine(controller, {"a": 7, "b": 3}) for _ in range(2))
     first = whole.step(("a", 0, 7), ("b", 0, 3))

@@ -87,6 +87,7 @@ class Served:
         self._read: dict[int, Tensor] = {}
         self._rows: Tensor | None = None
         self._edits: dict[int, Edit] = {}
+        self._planned: list[tuple[Request, range]] = []  # what the edits were made for
 
     def begin(self, spans: Sequence[Span], asked: Mapping[str, Asked]) -> None:
         """asked: request -> what its user asked for; nothing for one that is not in it."""
@@ -113,6 +114,10 @@ class Served:
         edit = self._edits.get(layer)
         if edit is None or self._rows is None:
             return
+        if len(self._rows) == len(hidden):  # every row is open: nothing to gather and put back
+            hidden.copy_(edit((hidden + residual)[:, None])[:, 0])
+            residual.zero_()
+            return
         resid = hidden[self._rows] + residual[self._rows]
         hidden[self._rows] = edit(resid[:, None])[:, 0]
         residual[self._rows] = 0
@@ -127,7 +132,7 @@ class Served:
         for span in self._spans:
             request = self.requests[span.request]
             request.state, request.strength = CLOSED, None
-        self.again, self._reads, self._read, self._edits, self._rows = False, [], {}, {}, None
+        self.again, self._reads, self._read, self._edits, self._rows, self._planned = False, [], {}, {}, None, []
 
     def tell(self, request: str) -> Told | None:
         """What was decided, once; None before, and ever after."""
@@ -206,17 +211,18 @@ class Served:
             request.strength = self.controller.scale * decision.gate[0] * decision.mixture[0]
 
     def _plan_edits(self) -> None:
-        """The rows of all open gates in this step, and the experts weighed for each of them."""
-        rows: list[int] = []
-        strengths: list[Tensor] = []
-        for span in self._spans:
-            strength = self.requests[span.request].strength
-            if strength is not None and span.edited_rows:
-                rows += span.edited_rows
-                strengths.append(strength.expand(len(span.edited_rows), -1))
-        self._edits, self._rows = {}, None
-        if rows:
-            strength = torch.cat(strengths)
+        """The rows of all open gates in this step, and the experts weighed for each of them; those of the step before where
+        the same requests have the same rows, as they do from one answer's token to the next."""
+        opened = [(self.requests[s.request], s.edited_rows) for s in self._spans]
+        opened = [(request, rows) for request, rows in opened if request.strength is not None and rows]
+        if len(opened) == len(self._planned) and all(
+            one is other and rows == earlier for (one, rows), (other, earlier) in zip(opened, self._planned, strict=True)
+        ):
+            return
+        self._edits, self._rows, self._planned = {}, None, opened
+        if opened:
+            rows = [row for _, each in opened for row in each]
+            strength = torch.cat([request.strength.expand(len(each), -1) for request, each in opened])
             self._rows = torch.tensor(rows, device=strength.device)
             with torch.no_grad():
                 self._edits = self.controller.weights.experts.edits(strength, self.dtype)
