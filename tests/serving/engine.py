@@ -34,12 +34,32 @@ def preempt_at(scheduler, steps) -> list[int]:
     return preempted
 
 
+def held(engine) -> list[str]:
+    """The requests that the worker still knows of; those of the last step are forgotten with the next one."""
+    runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return sorted(getattr(getattr(runner, "_paving", None), "requests", ()))
+
+
+def abort_at(engine, steps: dict[str, list[int]]) -> None:
+    """steps: step -> which of the round's requests are given up then, by place."""
+    core, step = engine.llm_engine, itertools.count()
+    run = core.step
+
+    def stepped():
+        names = list(core.output_processor.request_states)
+        core.abort_request([names[i] for i in steps.get(str(next(step)), ())], internal=True)
+        return run()
+
+    core.step = stepped
+
+
 def main() -> None:
     asked = json.load(sys.stdin)
     import vllm
 
     engine = vllm.LLM(model=asked["model"], **asked["options"])
     preempted = preempt_at(engine.llm_engine.engine_core.engine_core.scheduler, asked.get("preempt_at", ()))
+    abort_at(engine, asked.get("abort_at", {}))
     rounds = []
     for one in asked["rounds"]:
         params = [
@@ -63,7 +83,7 @@ def main() -> None:
             ]
         )
     with open(asked["out"], "w", encoding="utf-8") as file:
-        json.dump({"rounds": rounds, "preempted": preempted}, file)
+        json.dump({"rounds": rounds, "preempted": preempted, "held": held(engine)}, file)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,20 @@ def backbone() -> Backbone:
 
 
 def served(
-    tmp_path: Path, controller: Path | None, rounds: list[tuple[list[list[int]], list[str | None]]], preempt_at=(), **options
-) -> tuple[list, list[int]]:
-    """(answers of every round, steps at which requests were preempted). rounds: (prompts, policies), on one engine."""
+    tmp_path: Path,
+    controller: Path | None,
+    rounds: list[tuple[list[list[int]], list[str | None]]],
+    preempt_at=(),
+    abort_at=None,
+    **options,
+) -> tuple[list, dict]:
+    """(answers of every round, what else the engine said). rounds: (prompts, policies), on one engine."""
     asked = {
         "model": str(embedded_checkpoint()),
         "options": OPTIONS | options,
         "max_tokens": TOKENS,
         "preempt_at": preempt_at,
+        "abort_at": abort_at or {},
         "rounds": [{"prompts": prompts, "policies": policies} for prompts, policies in rounds],
         "out": str(tmp_path / "out.json"),
     }
@@ -45,7 +51,7 @@ def served(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    return said["rounds"], said["preempted"]
+    return said["rounds"], said
 
 
 def tokens(answers: list[dict]) -> list[list[int]]:
@@ -85,11 +91,23 @@ def test_chunked_prompts_and_preempted_answers_are_as_whole_ones(backbone, promp
     # Chunks of 16 tokens, and so few blocks that requests push each other out and begin again.
     policies = ["closed" if i in (3, 4) else None for i in range(len(TEXTS))]  # closed rows beside open ones
     # All that runs is pushed out and begins again, once with prompts half read and once in the middle of answers.
-    (found,), preempted = served(tmp_path, folder, [(prompts, policies)], preempt_at=(4, 30), max_num_batched_tokens=16)
-    assert set(preempted) == {4, 30}
+    (found,), said = served(tmp_path, folder, [(prompts, policies)], preempt_at=(4, 30), max_num_batched_tokens=16)
+    assert set(said["preempted"]) == {4, 30}
     by = {policy: expected(backbone, controller, policy) for policy in ("closed", None)}
     assert tokens(found) == [by[policy][i] for i, policy in enumerate(policies)]
     assert sum(by[None][i] != by["closed"][i] for i, policy in enumerate(policies) if policy is None) >= 2
+
+
+def test_requests_that_are_given_up_leave_nothing_behind_and_change_no_other(backbone, prompts, tmp_path):
+    controller = controller_of(backbone, EARLY)
+    folder = save_controller(controller, tmp_path / "c")
+    n = len(TEXTS)
+    # In the first step, while prompts are read, and again in the middle of answers.
+    rounds = [(prompts, [None] * n), (prompts[:1], ["closed"])]
+    (found, _), said = served(tmp_path, folder, rounds, abort_at={1: [0, 3], 12: [1]}, max_num_batched_tokens=32)
+    by = expected(backbone, controller, None)
+    assert tokens(found) == [by[i] for i in range(n) if i not in (0, 2, 3)]  # the second time, place 1 was request 2
+    assert len(said["held"]) <= 1
 
 
 @pytest.mark.parametrize("what", ["another base", "damaged"])

@@ -52,10 +52,14 @@ def chunks(streamed: str) -> list[dict]:
     return [json.loads(line[6:]) for line in streamed.split("\n\n") if line.startswith("data: {")]
 
 
-def counted(port: int) -> dict[str, float]:
+def counted(port: int, prefix: str = "paving:") -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         lines = response.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines) if name.startswith("paving:")}
+    return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines) if name.startswith(prefix)}
+
+
+def running(port: int) -> float:
+    return sum(v for k, v in counted(port, "vllm:num_requests_").items() if k.startswith("vllm:num_requests_running"))
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +155,33 @@ def test_gates_are_counted_beside_vllms_own_metrics(port, backbone, controller):
     assert found['paving:requests_total{gate="open",policy="soft"}'] == 1
     assert found["paving:gate_count"] == found["paving:boundary_count"] == 3  # a closed gate is not decided
     assert found["paving:gate_failures_total"] == 0
+
+
+def test_clients_that_go_away_leave_the_others_answers_and_later_ones_as_they_are(port, backbone, controller):
+    prompts = [render_ids(backbone, text) for text in TEXTS]
+    by = {policy: expected(backbone, controller, policy) for policy in ("hard", "closed")}
+
+    def leaves(i: int) -> None:
+        body = {"model": "base", "prompt": prompts[i % len(TEXTS)], "max_tokens": 150, "ignore_eos": True, "stream": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as response:
+            response.readline()  # and goes
+
+    def stays(i: int) -> str:
+        return ask(port, prompts[i % len(TEXTS)], ("closed", None)[i % 2])
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        gone = [pool.submit(leaves, i) for i in range(12)]
+        answers = list(pool.map(stays, range(12)))
+        for one in gone:
+            one.result()
+    for _ in range(60):
+        if not running(port):
+            break
+        time.sleep(0.5)
+    assert running(port) == 0
+    for i, answer in enumerate([*answers, *map(stays, range(4))]):
+        tokens = by[("closed", "hard")[i % 12 % 2]][i % 12 % len(TEXTS)]
+        assert answer == backbone.tokenizer.decode(tokens, skip_special_tokens=True)
