@@ -24,6 +24,7 @@ TIERS = (
         "cli_router",
         "cli_serve",
         "cli_utility",
+        "__main__",
         "demo",
     ),
     ("reproduce", "circuit_run", "compare"),
@@ -46,7 +47,7 @@ TIERS = (
     ("training", "circuit", "steering"),
     ("controller",),
     ("generation", "traces", "intervention"),
-    ("backbone",),
+    ("backbone", "processes"),
     ("prompts",),
 )
 TIER = {part: i for i, parts in enumerate(TIERS) for part in parts}

@@ -35,6 +35,11 @@ def tiny_run(folder: Path) -> tuple[RunConfig, Means]:
     for bucket, start in starts.items():
         rows = [{"prompt": " ".join(f"w{start + (7 * i + 3 * j) % 60}" for j in range(4 + i % 5))} for i in range(40)]
         (folder / f"{bucket}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return tiny_config(folder)
+
+
+def tiny_config(folder: Path) -> tuple[RunConfig, Means]:
+    """Those of `tiny_run`, where its files are there already."""
     config = RunConfig(
         model=str(folder / "model"),
         dtype="float32",

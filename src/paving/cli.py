@@ -112,8 +112,13 @@ def train(
     cache_gib: CacheGib = 8.0,
     trust_remote_code: TrustRemote = False,
 ) -> None:
-    """Fit a routed residual controller: four stages, calibrated on its own split. Killed and run again, it goes on."""
+    """Fit a routed residual controller: four stages, calibrated on its own split. Killed and run again, it goes on.
+
+    Under `accelerate launch --num_processes N -m paving train ...` the work is divided over processes.
+    """
     from paving import run as runs
+    from paving.processes import together
+    from paving.run import Means
 
     config = run_config(
         config_file,
@@ -121,11 +126,12 @@ def train(
         route_layers=route_layers, edit_layers=edit_layers, pooling=pooling, experts=experts, seed=seed,
         allow_leakage=allow_leakage, dtype=dtype, judge=judge, promise=promise,
     )  # fmt: skip
-    with progress() as (stage, watch, say):
-        means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
-        controller = runs.train(config, folder, means)
-    out.print(f"controller: {folder / 'controller'} (gate {controller.policy.name}, scale {controller.scale:g})")
-    out.print(f"next: paving eval {folder}")
+    with together(folder, cache or Means.default().cache) as mine:
+        with progress() as (stage, watch, say):
+            means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
+            controller = runs.train(config, mine, means)
+        out.print(f"controller: {folder / 'controller'} (gate {controller.policy.name}, scale {controller.scale:g})")
+        out.print(f"next: paving eval {folder}")
 
 
 @app.command("eval")
@@ -149,16 +155,18 @@ def evaluate(
 ) -> None:
     """Base, learned, learned+veto and oracle on the held-out split: completions, verdicts, metrics.json, report.html."""
     from paving import run as runs
+    from paving.processes import together
     from paving.run_engine import answers_folder
 
-    with progress(quiet=as_json) as (stage, watch, say):
-        means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
-        metrics = runs.evaluate(
-            folder, means, policies=policy or (), mixtures=mixture or (), second_judge=judge, engine=engine,
-            engine_options=json_object(engine_options, "--engine-options"),
-        )  # fmt: skip
-    answers = answers_folder(folder, engine)
-    show(metrics, answers if judge is None else runs.judge_folder(answers, metrics.judge), as_json)
+    with together(folder, cache or runs.Means.default().cache) as mine:
+        with progress(quiet=as_json) as (stage, watch, say):
+            means = means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say)
+            metrics = runs.evaluate(
+                mine, means, policies=policy or (), mixtures=mixture or (), second_judge=judge, engine=engine,
+                engine_options=json_object(engine_options, "--engine-options"),
+            )  # fmt: skip
+        answers = answers_folder(folder, engine)
+        show(metrics, answers if judge is None else runs.judge_folder(answers, metrics.judge), as_json)
 
 
 @app.command()
@@ -353,9 +361,10 @@ def means_of(cache, cache_gib, device, trust_remote_code, stage, watch, say):
 
 
 def progress(*, quiet: bool = False):
+    from paving.processes import rank_and_world
     from paving.progress import live_progress
 
-    return live_progress(err, quiet=quiet)
+    return live_progress(err, quiet=quiet or rank_and_world()[0] > 0)
 
 
 def show(metrics, folder: Path, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from paving.backbone import Backbone, PromptBatch, checked_ids, pad_left
 from paving.backbone.hooks import contiguous_head_input
 from paving.intervention import Applied, Intervention, RowState
+from paving.processes import gathered, shared
 from paving.prompts.types import Prompt
 
 Tick = Callable[[int], None]
@@ -102,15 +103,15 @@ def generate(
     """
     room = decoding.max_new_tokens
     rows = {p.id: checked_ids(backbone, p, room=room) for p in prompts}
-    done: dict[str, Completion] = {}
-    for chunk in batches_by_length(prompts, rows, batch_size):
+    batches = []
+    for chunk in shared(list(batches_by_length(prompts, rows, batch_size))):
         ids, mask = pad_left(backbone, [rows[p.id] for p in chunk])
         batch = PromptBatch(ids, mask, tuple(p.id for p in chunk), tuple(p.bucket for p in chunk))
         earlier = [[answers[p.id] for p in chunk] for answers in known if all(p.id in answers for p in chunk)]
-        for completion in complete_batch(backbone, chunk, batch, intervention, decoding, earlier, by_row=by_row):
-            done[completion.id] = completion
+        batches.append(complete_batch(backbone, chunk, batch, intervention, decoding, earlier, by_row=by_row))
         if tick is not None:
             tick(len(chunk))
+    done = {completion.id: completion for batch in gathered(batches) for completion in batch}
     return [done[p.id] for p in prompts]
 
 

@@ -26,6 +26,7 @@ from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, 
 from paving.evaluation.three_way import Protocol, three_way
 from paving.evaluation.utility import read_utility
 from paving.generation import TRANSFORMERS, Completion
+from paving.processes import once
 from paving.prompts.leakage import drop_exact_duplicates, group_near_duplicates, refuse_leakage
 from paving.prompts.readers import read_prompts
 from paving.prompts.splits import restrict, split_prompts
@@ -361,10 +362,10 @@ def bucket_counts(splits: Splits) -> dict[str, dict[str, int]]:
 
 
 def labels_of(judge: Judge) -> LabelsOf:
-    """The judge as training asks it: labels for many answers at once."""
+    """The judge as training asks it: labels for many answers at once; of several processes the first asks."""
 
     def labels(answers: Sequence[Completion]) -> list[str]:
         rows = [Exchange(c.prompt, c.response, Bucket(c.bucket), c.truncated) for c in answers]
-        return [verdict.label.value for verdict in judge_all(judge, rows)]
+        return once(lambda: [verdict.label.value for verdict in judge_all(judge, rows)])
 
     return labels

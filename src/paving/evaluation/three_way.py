@@ -26,6 +26,7 @@ from paving.generation import (
     save_completions,
 )
 from paving.intervention import Identity, Intervention
+from paving.processes import once
 from paving.prompts.types import Bucket, Prompt
 from paving.traces.completions import base_continuations
 from paving.traces.preservation import keep_divergence
@@ -223,8 +224,12 @@ def _keyed(path: Path, key: str) -> Iterator[None]:
 def judged(completions: Path, judge: Judge, out: Path, stage: Stage) -> list[Label]:
     """A label for every saved completion, in order; verdicts given before on the same text are taken from `out`.
 
-    Judging never generates.
+    Judging never generates. Of several processes the first judges, and has the file.
     """
+    return once(lambda: _judged(completions, judge, out, stage))
+
+
+def _judged(completions: Path, judge: Judge, out: Path, stage: Stage) -> list[Label]:
     if out.exists():
         earlier = next(read_verdicts(out), None)
         if earlier is not None and earlier.judge == judge.name and earlier.key is not None:

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from paving.backbone import Backbone, PromptBatch, pad_left
 from paving.backbone.hooks import record_residuals
+from paving.processes import agreed, shared, wait
 from paving.prompts.types import Bucket
 from paving.traces.forward import join_cache, pad_right, prompt_cache, split_cache, teacher_forced_logits
 from paving.traces.store import TraceStore, chunks, to_storage
@@ -75,13 +76,16 @@ class BaseTraces:
     def build(self, rows: Sequence[Forced], *, with_resid: bool = False, tick: Tick | None = None) -> None:
         """Make whatever is missing. `with_resid` also keeps the states along the continuation (edit prompts)."""
         kind = "forced-resid" if with_resid else "forced"
-        missing = [r for r in rows if not self.store.has(kind, self._key(r))]
+        absent = agreed([not self.store.has(kind, self._key(r)) for r in rows])
+        missing = [r for r, is_absent in zip(rows, absent, strict=True) if is_absent]
         if tick is not None:
             tick(len(rows) - len(missing))
-        for chunk in chunks(sorted(missing, key=lambda r: (len(r.prompt_ids), r.id)), self.batch_size):
+        by_length = sorted(missing, key=lambda r: (len(r.prompt_ids), r.id))
+        for chunk in shared(list(chunks(by_length, self.batch_size))):
             self._build_chunk(chunk, kind, with_resid)
             if tick is not None:
                 tick(len(chunk))
+        wait()  # all are there, whoever made them
 
     @torch.no_grad()
     def _build_chunk(self, chunk: Sequence[Forced], kind: str, with_resid: bool) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from paving.backbone import Backbone, checked_ids, pad_left
 from paving.generation import Completion, Decoding, batches_by_length, decode
+from paving.processes import agreed, gathered, shared
 from paving.prompts.types import Prompt
 from paving.traces.store import TraceStore
 
@@ -38,16 +39,21 @@ def base_continuations(
                 found[prompt.id] = tuple(tokens[:n_tokens])
     if tick is not None:
         tick(len(found))
-    missing = [p for p in prompts if p.id not in found]
-    for chunk in batches_by_length(missing, rows, batch_size):
+    known = agreed(set(found))
+    missing = [p for p in prompts if p.id not in known]
+    made: list[dict[str, tuple[int, ...]]] = []
+    for chunk in shared(list(batches_by_length(missing, rows, batch_size))):
         ids, mask = pad_left(backbone, [rows[p.id] for p in chunk])
         answers = decode(backbone, ids, mask, Decoding(max_new_tokens=n_tokens).generation_config(backbone))
+        made.append({})
         for prompt, tokens in zip(chunk, answers.tolist(), strict=True):
             end = next((i + 1 for i, t in enumerate(tokens) if t in backbone.eos_ids), len(tokens))
-            found[prompt.id] = tuple(tokens[:end])
+            made[-1][prompt.id] = tuple(tokens[:end])
             store.put("continuation", keys[prompt.id], {"tokens": torch.tensor(tokens[:end], dtype=torch.int32)})
         if tick is not None:
             tick(len(chunk))
+    for answers in gathered(made):
+        found |= answers
     return found
 
 

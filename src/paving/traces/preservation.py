@@ -9,6 +9,7 @@ import torch
 from paving.backbone import Backbone, PromptBatch, checked_ids, pad_left
 from paving.generation import batches_by_length
 from paving.intervention import Intervention
+from paving.processes import gathered, shared
 from paving.prompts.types import Prompt
 from paving.traces.forward import pad_right, teacher_forced_logits
 from paving.traces.top_k import kl_from_top_k, top_k
@@ -30,8 +31,8 @@ def keep_divergence(
     Exactly 0 for a batch in which every gate is closed: such a batch is the base's, bit for bit, and is not run twice.
     """
     rows = {p.id: checked_ids(backbone, p) for p in prompts}
-    result: dict[str, float] = {}
-    for chunk in batches_by_length(prompts, rows, batch_size):
+    measured: list[dict[str, float]] = []
+    for chunk in shared(list(batches_by_length(prompts, rows, batch_size))):
         ids, mask = pad_left(backbone, [rows[p.id] for p in chunk])
         batch = PromptBatch(ids, mask, tuple(p.id for p in chunk), tuple(p.bucket for p in chunk))
         tokens, token_mask = pad_right([continuations[p.id] for p in chunk], backbone.pad_id, backbone.device)
@@ -43,9 +44,9 @@ def keep_divergence(
         else:
             base = top_k(teacher_forced_logits(backbone, batch, tokens), k)
             divergence = kl_from_top_k(base, edited, token_mask).tolist()
-        result.update(zip((p.id for p in chunk), divergence, strict=True))
+        measured.append(dict(zip((p.id for p in chunk), divergence, strict=True)))
         tick(len(chunk))
-    return result
+    return {i: value for batch in gathered(measured) for i, value in batch.items()}
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from paving.backbone import Backbone
 from paving.backbone.attention import few_query_attention
 from paving.backbone.hooks import edit_residuals, record_residuals
 from paving.controller.residual_paving import ResidualPaving
+from paving.processes import from_first, rank_and_world, shared, sum_gradients, summed
 from paving.prompts.types import Bucket
-from paving.traces.base import BaseTraces
+from paving.traces.base import BaseTraces, Forced
 from paving.traces.forward import teacher_forced_logits
 from paving.traces.top_k import TopK, kl_from_top_k
 from paving.training import losses
@@ -47,6 +49,7 @@ class Stage:
 
 
 MEND = "Lower the learning rate or the training scale, or load the model in float32."
+TERMS = ("ce", "benign preservation", "kl", "trajectory", "harmful preservation", "gate", "margin", "l2")
 Watch = Callable[[str, int, int, dict[str, float]], None]  # stage, step, steps in this epoch, running means
 
 
@@ -100,6 +103,7 @@ def fit(
                 else:
                     optimiser = optimisers[stage.optimiser]
                     means = edit_epoch(backbone, controller, traces, rows, boundary, optimiser, stage, config, seed, watch)
+                from_first(list(weights.state_dict().values()))  # the same everywhere to the last bit
                 check_weights(weights, stage.name)
             except TrainingError as error:
                 weights.load_state_dict(finished_weights)
@@ -144,7 +148,7 @@ def gate_epoch(
         logits, _ = router(boundary.z[index])
         loss = losses.gate_bce(logits, boundary.is_edit[index], balance=True)
         loss = loss + config.weights.l2 * sum(p.pow(2).sum() for p in router.parameters())
-        check_loss(loss, {"gate": loss}, "gate", step)
+        check_loss({"gate": loss.item()}, "gate", step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -168,25 +172,65 @@ def edit_epoch(
     """One epoch of any stage after the gate's."""
     steps = list(epoch_steps(rows, config.rows_per_step, seed))
     sums: dict[str, float] = {}
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
     for step, chosen in enumerate(steps, 1):
-        batch = step_batch(backbone, traces, rows, chosen, stage.horizon, controller.config, anchor_only=stage.anchor)
-        terms = step_losses(backbone, controller, batch, boundary.harmful, config, anchor=stage.anchor)
-        total = torch.stack(list(terms.values())).sum()
-        check_loss(total, terms, stage.name, step)
+        mine = share_of_step(chosen)
         optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        terms: dict[str, Tensor] = {}
+        if mine:
+            batch = step_batch(backbone, traces, rows, mine, stage.horizon, controller.config, anchor_only=stage.anchor)
+            terms = step_losses(backbone, controller, batch, boundary.harmful, config, anchor=stage.anchor)
+            terms = {name: term * weight_of(name, mine, chosen) for name, term in terms.items()}
+        values = added_up(terms)
+        check_loss(values, stage.name, step)
+        if terms:
+            torch.stack(list(terms.values())).sum().backward()
+        sum_gradients(parameters)
         optimiser.step()
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
         watch(stage.name, step, len(steps), {k: v / step for k, v in sums.items()})
     return {k: v / len(steps) for k, v in sums.items()}
 
 
-def check_loss(total: Tensor, terms: dict[str, Tensor], stage: str, step: int) -> None:
+def share_of_step(chosen: Sequence[Forced]) -> list[Forced]:
+    """This process's rows of a step, of each bucket its share; all of them for a process by itself."""
+    return [row for bucket in Bucket for row in shared([r for r in chosen if r.bucket == bucket])]
+
+
+def weight_of(term: str, mine: Sequence[Forced], chosen: Sequence[Forced]) -> float:
+    """What a term's mean over `mine` counts in its mean over all rows of the step. Terms are means over one bucket's rows;
+    that of the gate is one over all of them, and the weights' own is everybody's."""
+    if len(mine) == len(chosen):
+        return 1.0
+    over = {"benign preservation": Bucket.BENIGN_KEEP, "harmful preservation": Bucket.HARMFUL_KEEP, "gate": None}
+    if term == "l2":
+        return 1.0 / sharing(chosen)
+    bucket = over.get(term, Bucket.EDIT)
+    mine_of, all_of = (sum(bucket in (None, r.bucket) for r in each) for each in (mine, chosen))
+    return mine_of / all_of
+
+
+def sharing(chosen: Sequence[Forced]) -> int:
+    """How many processes have rows of a step."""
+    most = max(sum(r.bucket == bucket for r in chosen) for bucket in Bucket)
+    return min(rank_and_world()[1], most)
+
+
+def added_up(terms: Mapping[str, Tensor]) -> dict[str, float]:
+    """Every term of the step over all processes; those that none has are left out."""
+    names = [n for n in TERMS if n in terms] if rank_and_world()[1] == 1 else list(TERMS)
+    there = summed([float(name in terms) for name in names])
+    values = summed([terms[name].item() if name in terms else 0.0 for name in names])
+    return {name: value for name, value, n in zip(names, values, there, strict=True) if n}
+
+
+def check_loss(terms: Mapping[str, float], stage: str, step: int) -> None:
     """raises TrainingError naming the terms, before a loss that is not finite reaches the weights."""
-    if not torch.isfinite(total):
-        parts = ", ".join(f"{name} {value.item():.3g}" for name, value in terms.items())
-        raise TrainingError(f"the loss is {total.item()} in {stage}, step {step} ({parts}).")
+    total = sum(terms.values())
+    if not math.isfinite(total):
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+        raise TrainingError(f"the loss is {total} in {stage}, step {step} ({parts}).")
 
 
 def check_weights(weights: nn.Module, stage: str) -> None:

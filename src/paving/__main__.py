@@ -1,0 +1,5 @@
+"""`python -m paving ...`, and so `accelerate launch ... -m paving ...`."""
+
+from paving.cli import app
+
+app()
