@@ -17,14 +17,18 @@ from tiny_runs import tiny_run
 TESTS = Path(__file__).parent
 
 
-def run(folder: Path, n: int) -> list[dict]:
-    """What every process found."""
-    folder.mkdir()
-    tiny_run(folder)
+def run(folder: Path, n: int, dies_at: str | None = None) -> list[dict]:
+    """What every process found; nothing where one is to die in a stage."""
+    if not folder.exists():
+        folder.mkdir()
+        tiny_run(folder)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    line = [*launcher, str(TESTS / "two_processes.py"), str(folder), str(folder / "found.json")]
+    line = [*launcher, str(TESTS / "two_processes.py"), str(folder), str(folder / "found.json"), *filter(None, [dies_at])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
+    if dies_at is not None:
+        assert done.returncode != 0
+        return []
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"found.{rank}").read_text(encoding="utf-8")) for rank in range(n)]
 
@@ -44,6 +48,16 @@ def test_two_processes_find_the_losses_and_weights_of_one(found):
     for name, values in one["weights"].items():
         assert first["weights"][name] == pytest.approx(values, rel=1e-3, abs=1e-4), name
     assert second["weights"] == first["weights"]  # to the last bit
+
+
+def test_a_run_that_two_processes_began_is_ended_by_one(found, tmp_path):
+    ((one,), _) = found
+    run(tmp_path / "run", 2, dies_at="stage 2")
+    assert not (tmp_path / "run" / "run" / "controller").exists()
+    (ended,) = run(tmp_path / "run", 1)
+    assert [r["stage"] for r in ended["history"]] == [r["stage"] for r in one["history"]]
+    for name, values in one["weights"].items():
+        assert ended["weights"][name] == pytest.approx(values, rel=1e-3, abs=1e-4), name
 
 
 def test_two_processes_measure_what_one_measures(found):

@@ -1,12 +1,14 @@
-"""A tiny run, trained and evaluated in as many processes as a launcher starts: `two_processes.py FOLDER OUT`.
+"""A tiny run, trained and evaluated in as many processes as a launcher starts: `two_processes.py FOLDER OUT [STAGE]`.
 
-FOLDER holds the files of `tiny_run` and gets the run; OUT the first process's history, metrics and weights.
+FOLDER holds the files of `tiny_run` and gets the run; OUT.RANK what a process found. STAGE: where the last process dies.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -16,8 +18,15 @@ from paving.run import evaluate, train
 from tiny_runs import WordJudge, tiny_config
 
 
-def main(folder: Path, out: Path) -> None:
+def main(folder: Path, out: Path, dies_at: str | None = None) -> None:
     config, means = tiny_config(folder)
+
+    def watch(stage: str, *_rest) -> None:
+        rank, world = rank_and_world()
+        if stage == dies_at and rank == world - 1:
+            os._exit(9)
+
+    means = replace(means, watch=watch)
     with together(folder / "run", means.cache) as mine:
         train(config, mine, means, judge=WordJudge())
         metrics = evaluate(mine, means, judge=WordJudge())
@@ -34,4 +43,4 @@ def main(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
