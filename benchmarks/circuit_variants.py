@@ -22,10 +22,9 @@ from paving.circuit_run.config import with_recipe
 from paving.circuit_run.evaluate import frontier_points
 from paving.circuit_run.inputs import pairs_of
 from paving.circuit_run.rows import comparator
-from paving.circuit_run.stages import read_strengths, strengths_of
+from paving.circuit_run.stages import NoStrengthError, read_strengths, strengths_of
 from paving.evaluation.refusal_policy import FrontierPoint
 from paving.run import Means
-from paving.run_folder import RunError
 from paving.training.strength import StrengthPoint
 from protocols import say, stage, watch
 
@@ -93,7 +92,7 @@ def curve_of(config: CircuitConfig, folder: Path, means: Means, *, random_channe
         train, calibration = pairs_of(config)
         fitted = comparator("random").fit(backbone, config, train, folder, means)
         return strengths_of(backbone, config, calibration, fitted.at, fitted.strengths, means)
-    with suppress(RunError):  # no α within the limit is a result: the curve is kept all the same
+    with suppress(NoStrengthError):  # no α within the limit is a result: the curve is kept all the same
         edit(folder, means)
     return read_strengths(folder / "strengths.json")[1]
 

@@ -28,12 +28,11 @@ from pydantic import BaseModel, ConfigDict
 from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find
 from paving.circuit_run.config import RECIPES, with_recipe
 from paving.circuit_run.evaluate import EDIT, frontier_points
-from paving.circuit_run.stages import read_strengths
+from paving.circuit_run.stages import NoStrengthError, read_strengths
 from paving.evaluation.refusal_policy import FrontierPoint, PolicyMetrics
 from paving.evaluation.results import Rate
 from paving.evaluation.statistics import wilson
 from paving.run import Means
-from paving.run_folder import RunError
 from protocols import say, stage, watch
 
 CATEGORIES = ("crime_planning", "hate_speech", "health_consultation", "legal_opinion", "sexual_content")
@@ -105,7 +104,7 @@ def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, mea
     find(config, folder, means)
     try:
         edit(folder, means)
-    except RunError as error:  # no α keeps to the limit: the curve stands in strengths.json, and that is the result
+    except NoStrengthError as error:  # the curve stands in strengths.json, and that is the result
         say(str(error))
         _, points = read_strengths(folder / "strengths.json")
         found = Kept(config=portable(config), metrics=None, curve=frontier_points(points, None))
@@ -283,11 +282,12 @@ def draw_frontier(summary: dict, path: Path) -> None:
 
 def markdown(summary: dict) -> str:
     sides = ("category", "benign", "other", "ood")
-    lines = ["| row | seeds | category refused % | benign refused % | others % | ood % | at the limit (calibration) % |"]
+    lines = ["| row | seeds; categories | category refused % | benign % | others % | ood % | at the limit (calibration) % |"]
     lines.append("| --- |" + " --- |" * 6)
     for name, row in summary.items():
         cells = [shown(row["mean"].get(side)) for side in sides]
-        seeds = ", ".join(map(str, row["seeds"])) or "n/a"
+        n = row["mean"]["category"]["categories"] if "category" in row["mean"] else 0
+        seeds = f"{', '.join(map(str, row['seeds'])) or 'n/a'}; {n}"
         absent = f" ({row['without_strength']} of {row['runs']} runs without α)" if row["without_strength"] else ""
         lines.append(f"| {name}{absent} | {seeds} | {' | '.join(cells)} | {percents(row['at_limit'])} |")
     categories = list(dict.fromkeys(c for row in summary.values() for c in row["sides"].get("category", {})))

@@ -17,6 +17,7 @@ from paving.controller.config import ControllerConfig
 from paving.training.config import TrainingConfig
 
 BF16, FP32 = 2, 4
+TEACHER = 64  # tokens of a teacher's instruction around a prompt
 ADAM = 4 * FP32  # a parameter, its gradient and two moments
 
 
@@ -85,7 +86,8 @@ class Stage:
 
 
 def stages(shape: Shape, n: int, tokens: int, flops: float, bandwidth: float) -> list[Stage]:
-    """n prompts, half of them edit prompts, `tokens` long, with the paper's training (table 5)."""
+    """n prompts, half of them edit prompts, `tokens` long, with the paper's training (table 5). An edit prompt is traced
+    twice, once more with the teacher's words around it (TEACHER)."""
     training, controller = TrainingConfig(), ControllerConfig()
     h, batch, weights = training.horizon, 8, shape.parameters * BF16
     experts = expert_parameters(shape, controller)
@@ -97,17 +99,20 @@ def stages(shape: Shape, n: int, tokens: int, flops: float, bandwidth: float) ->
         """through: operations a weight and token; a call reads the weights once."""
         return hours(through * shape.parameters * tokens_run, calls * weights)
 
-    traced = n * trace_bytes(shape, h, training.top_k) + n / 2 * resid_bytes(shape, h)
-    prefixes = n * prefix_bytes(shape, tokens)
-    steps = sum(training.stage_epochs) * (n / 2) / training.rows_per_step[0]
+    traced = 1.5 * n * trace_bytes(shape, h, training.top_k) + n * resid_bytes(shape, h)
+    prefixes = n * prefix_bytes(shape, tokens) + n / 2 * prefix_bytes(shape, tokens + TEACHER)
+    one_epoch = (n / 2) / training.rows_per_step[0]
+    first, second, third = training.stage_epochs
+    steps = (training.contrastive_epochs + first + second + third) * one_epoch
+    run = (first * training.short_horizon + (training.contrastive_epochs + second + third) * h) * one_epoch
     rows = sum(training.rows_per_step)
     # Forward and back through the frozen weights for the horizon's tokens; the experts' own three products beside it.
-    trained = steps * rows * h * (4.0 * shape.parameters + 6.0 * experts)
+    trained = rows * run * (4.0 * shape.parameters + 6.0 * experts)
     read = steps * (2 * weights + rows * prefix_bytes(shape, tokens))
     alpha = [n * 50, n * 50 / 64]  # answers of 50 tokens, 64 at a time
     return [
         Stage("base answers (64 at a time)", passes(n * tokens + alpha[0], n * tokens / 4096 + alpha[1]), weights, 0),
-        Stage("traces", passes(n * (tokens + h), n / batch), weights, traced),
+        Stage("traces", passes(n * (tokens + h) + n / 2 * (tokens + TEACHER + h), 1.5 * n / batch), weights, traced),
         Stage("prompt KV, kept", 0.0, 0.0, prefixes),
         Stage("training, KV kept", hours(trained, read), weights + experts * ADAM, 0),
         Stage("training, KV built again", hours(trained + steps * rows * tokens * 2.0 * shape.parameters, read),

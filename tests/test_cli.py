@@ -54,6 +54,12 @@ def refused(*arguments) -> str:
 # --- what works without a model ---------------------------------------------------------------------------------
 
 
+def test_commands_that_are_not_divided_refuse_a_launcher(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, ["models"])
+    assert result.exit_code == 1 and "only train and eval are divided" in result.output
+
+
 def test_help_names_every_command():
     result = paving("--help")
     assert result.exit_code == 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -101,6 +102,39 @@ def test_a_row_that_cannot_be_is_refused_before_decoding(finished, setting, poli
     monkeypatch.setattr("paving.run.filtered", lambda *a, **k: pytest.fail("went on"))
     with pytest.raises(ValueError, match=says):
         runs.evaluate(finished[0], setting[1], judge=WordJudge(), policies=policies, mixtures=mixtures)
+
+
+@dataclass(frozen=True)
+class OtherEngine:
+    """Decodes as this process does, under another name."""
+
+    name: str = "vllm 0"
+    key: str = "vllm 0 {}"
+
+    def generate(self, *args, **kwargs):
+        return [replace(c, response=f"{c.response} w1") for c in generation.generate(*args, **kwargs)]
+
+
+def test_another_engines_answers_stand_beside_the_runs_own(finished, setting, monkeypatch):
+    folder, _ = finished
+    own = {p: p.read_bytes() for p in [folder / "metrics.json", *folder.glob("completions/*"), *folder.glob("verdicts/*")]}
+    asked = []
+
+    @contextmanager
+    def engine_of(name, _folder, _controller, _backbone, options, rows):
+        asked.append((name, options, [r.name for r in rows]))
+        yield OtherEngine()
+
+    monkeypatch.setattr(runs, "engine_of", engine_of)
+    metrics = runs.evaluate(folder, setting[1], judge=WordJudge(), engine="vllm", engine_options={"x": 1})
+    there = folder / "engines" / "vllm"
+    assert metrics.engine == "vllm 0" and asked[0][:2] == ("vllm", {"x": 1}) and asked[0][2][0] == "learned"
+    assert all(c.response.endswith(" w1") for c in load_completions(there / "completions" / "base.jsonl"))
+    assert "by vllm 0" in (there / "report.html").read_text(encoding="utf-8")
+    assert {p: p.read_bytes() for p in own} == own
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: pytest.fail("decoded again"))
+    again = runs.evaluate(folder, setting[1], judge=WordJudge(), engine="vllm")
+    assert again.rows == metrics.rows
 
 
 def test_an_ablation_shares_prompts_scale_and_base_answers_with_its_run(finished, setting, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from paving.prompts import Bucket, Prompt
 from paving.run_engine import answers_folder, engine_of
 from paving.run_folder import RunError
 from paving.serving import offline
-from paving.serving.offline import VllmEngine
+from paving.serving.offline import asked_of
 from paving.serving.plugin import BUCKET, POLICY, VETO
 from tiny_models import ROUTED, lively, tiny_backbone
 
@@ -34,7 +34,6 @@ def controller(backbone):
 
 
 def test_each_row_asks_for_its_gate_and_the_oracle_alone_tells_the_bucket(controller):
-    engine = VllmEngine(None, controller, "vllm")
     rows = {
         "base": Identity(),
         "learned": controller,
@@ -42,7 +41,7 @@ def test_each_row_asks_for_its_gate_and_the_oracle_alone_tells_the_bucket(contro
         "oracle": controller.with_policy(Oracle()),
     }
     veto = int(controller.use_veto)
-    assert {name: engine.asked(row, PROMPT) for name, row in rows.items()} == {
+    assert {name: asked_of(controller, row, PROMPT) for name, row in rows.items()} == {
         "base": {POLICY: "closed"},
         "learned": {POLICY: "default", VETO: veto},
         "soft+veto": {POLICY: "soft", VETO: 1},
@@ -61,7 +60,7 @@ def test_each_row_asks_for_its_gate_and_the_oracle_alone_tells_the_bucket(contro
 )
 def test_a_row_that_is_not_served_is_refused_and_not_decoded_as_another(controller, change, said):
     with pytest.raises(ValueError, match=said):
-        VllmEngine(None, controller, "vllm").asked(change(controller), PROMPT)
+        asked_of(controller, change(controller), PROMPT)
 
 
 def test_engines_that_cannot_be_had_are_one_clear_error(backbone, controller, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def organism_build(
 
 
 @app.command()
-@one_line_errors
+@one_line_errors(divided=True)
 def train(
     folder: Annotated[Path, typer.Option("--out", help="Run folder.")],
     model: Annotated[str | None, typer.Option(help="Model id, checkpoint folder, or the embedded default.")] = None,
@@ -135,7 +135,7 @@ def train(
 
 
 @app.command("eval")
-@one_line_errors
+@one_line_errors(divided=True)
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
     policy: Annotated[

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from paving.backbone import Backbone, PromptBatch, checked_ids, pad_left
 from paving.backbone.hooks import contiguous_head_input
 from paving.intervention import Applied, Intervention, RowState
-from paving.processes import gathered, shared
+from paving.processes import gathered, of_all, shared
 from paving.prompts.types import Prompt
 
 Tick = Callable[[int], None]
@@ -64,9 +64,14 @@ class Completion:
 
 
 class Engine(Protocol):
-    """What decodes answers: `generate` of this module, or an engine that serves. name: written beside what it decoded."""
+    """What decodes answers: `generate` of this module, or an engine that serves.
+
+    name  written beside what it decoded
+    key   tells answers of one setting from those of another
+    """
 
     name: str
+    key: str
 
     def generate(
         self,
@@ -110,7 +115,7 @@ def generate(
         earlier = [[answers[p.id] for p in chunk] for answers in known if all(p.id in answers for p in chunk)]
         batches.append(complete_batch(backbone, chunk, batch, intervention, decoding, earlier, by_row=by_row))
         if tick is not None:
-            tick(len(chunk))
+            tick(of_all(len(chunk)))
     done = {completion.id: completion for batch in gathered(batches) for completion in batch}
     return [done[p.id] for p in prompts]
 
@@ -118,7 +123,7 @@ def generate(
 class Transformers:
     """Decoding here, with the backbone itself."""
 
-    name = TRANSFORMERS
+    name = key = TRANSFORMERS
 
     def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
         return generate(*args, **kwargs)

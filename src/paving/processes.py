@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,8 +38,10 @@ def rank_and_world() -> tuple[int, int]:
 
 @contextmanager
 def launched() -> Iterator[None]:
-    """Joins the others where a launcher started this process (WORLD_SIZE in the environment); all but the first are silent.
+    """Joins the others where a launcher started this process (WORLD_SIZE in the environment). The first alone has stdout.
 
+    A process that the launcher ends, as it does where another failed, ends as one that was interrupted, and takes its copy
+    of the run folder along.
     raises ProcessError where accelerate is not installed
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or (dist.is_available() and dist.is_initialized()):
@@ -46,14 +51,17 @@ def launched() -> Iterator[None]:
         from accelerate import PartialState
     except ImportError as error:
         raise ProcessError("several processes need Hugging Face Accelerate: pip install accelerate.") from error
-    state = PartialState()
+    # The others wait while the first one judges, which may take a judge hours.
+    state = PartialState(timeout=timedelta(days=7))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with contextlib.ExitStack() as stack:
-            if state.process_index:
+            if rank_and_world()[0]:
                 quiet = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(quiet))
             yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         state.destroy_process_group()
 
 
@@ -68,14 +76,20 @@ def together(folder: Path, cache: Path) -> Iterator[Path]:
 
 @contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """The folder itself for the first process; for another a copy of its own, which nobody sees and which goes."""
+    """The folder itself for the first process; for another a copy of its own, which nobody sees and which goes.
+
+    raises ProcessError where not all see the same folder
+    """
     rank, world = rank_and_world()
     if world == 1:
         yield folder
         return
     wait()
+    listed = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
+    if any(other != listed for other in gathered([listed])):
+        raise ProcessError(f"the processes do not see the same files in {folder}. Give a run folder that every node sees.")
     with tempfile.TemporaryDirectory() as scratch:
-        mine = Path(scratch) / folder.name
+        mine = Path(scratch) / folder.resolve().name
         if rank and folder.exists():
             shutil.copytree(folder, mine)
         wait()  # nobody writes before everybody has read
@@ -105,6 +119,11 @@ def shared(items: Sequence[T]) -> Sequence[T]:
     """This process's share: every world-th, from its rank on."""
     rank, world = rank_and_world()
     return items[rank::world]
+
+
+def of_all(n: int) -> int:
+    """For progress: what all have done about when this process has done n of its share."""
+    return n * rank_and_world()[1]
 
 
 def gathered(mine: Sequence[T]) -> list[T]:

@@ -13,7 +13,7 @@ import torch
 from paving.backbone import Backbone
 from paving.controller.conformal import reference_of
 from paving.controller.gates import Hard
-from paving.controller.regated import with_gate
+from paving.controller.regated import standardised, with_gate
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import load_controller, read_description, save_controller
 from paving.prompts import CONTRAST_SETS, contrast_prompts, read_contrasts
@@ -76,6 +76,7 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -
     found = search_gate(states, learned_from, contrasts, settings, sets, tick=tick)
     gated = with_gate(controller, found.machines, found.shapes, found.layers, found.pooling)
     read = features(states, learned_from, gated.config.route_layers, gated.config.pooling)
+    gated = standardised(gated, controller.config, torch.from_numpy(read))
     boundary = gated.weights.unlikeness(torch.from_numpy(read)).tolist()
     reference = reference_of(found.logits[0].tolist(), learned_from, boundary=boundary, apart=False)
     gated = replace(gated, reference=reference)

@@ -161,10 +161,12 @@ def evaluate(
     backbone = means.load(config.model, config.dtype)
     store = means.store()
     controller = load_controller(folder / "controller", backbone)
-    policies, mixtures = with_earlier_rows((folder, out), policies, mixtures)
+    # The run's own further rows only where they are decoded here: an engine serves one scale and mixture.
+    policies, mixtures = with_earlier_rows((folder, out) if answers == folder else (out,), policies, mixtures)
     specs = row_specs(controller, policies, folder, mixtures)  # a row that is not known is refused before minutes are spent
     held_out = recorded_split(split.splits, folder).of(SplitName.HELD_OUT)
-    with engine_of(engine, folder / "controller", controller, backbone, engine_options) as decoder:
+    interventions = [spec.intervention for spec in specs]
+    with engine_of(engine, folder / "controller", controller, backbone, engine_options, interventions) as decoder:
         protocol = Protocol(config.decoding, verdicts_by, k=config.training.top_k, engine=decoder)
         measured = three_way(backbone, held_out, specs, protocol, store, answers, means.stage, verdicts=out / "verdicts")
     rows = table_rows(measured, held_out)
@@ -202,9 +204,7 @@ def evaluate(
     write_text(out / "metrics.json", metrics.model_dump_json(indent=1))
     if out == folder:
         write_card(folder / "controller", description, card_rows(metrics))
-    report(folder, out, answers)
-    if out != folder and (folder / "metrics.json").exists():
-        report(folder)  # what this judge calls HARMFUL is no longer shown there either
+    every_report(folder)
     return metrics
 
 
@@ -230,6 +230,14 @@ def judge_folder(folder: Path, judge: str) -> Path:
     return folder / "judges" / "".join(c if c.isalnum() or c in "-_." else "-" for c in judge)
 
 
+def every_report(folder: Path) -> None:
+    """All reports of a run anew: what one judge calls HARMFUL, of whichever engine's answers, is shown in none of them."""
+    for answers in (folder, *sorted(folder.glob("engines/*"))):
+        for path in (answers / "metrics.json", *sorted(answers.glob("judges/*/metrics.json"))):
+            if path.exists():
+                report(folder, path.parent, answers)
+
+
 def report(folder: Path, judged: Path | None = None, answers: Path | None = None) -> Path:
     """(Re)write report.html from what the run folder holds. No model is loaded.
 
@@ -246,7 +254,7 @@ def report(folder: Path, judged: Path | None = None, answers: Path | None = None
         raise RunError(f"{path} is damaged or of another version. Evaluate again: paving eval {folder}") from error
     examples = examples_of(answers or folder, out / "verdicts", [r.name for r in metrics.rows], run=folder)
     further = {"diagnostics": diagnostics_of(folder), "utility": read_utility(folder / "utility.json")}
-    if judged is None:  # comparators are judged by the run's own judge alone
+    if out == folder:  # comparators are judged by the run's own judge alone
         further |= comparison_of(folder, metrics.judge)
     return write_report(metrics, out / "report.html", examples=examples, **further)
 

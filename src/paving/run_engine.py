@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from paving.backbone import Backbone
 from paving.controller.residual_paving import ResidualPaving
 from paving.generation import TRANSFORMERS, Engine, Transformers
+from paving.intervention import Intervention
+from paving.prompts.types import Bucket, Prompt
 from paving.run_folder import RunError
 
 VLLM = "vllm"
@@ -23,9 +25,18 @@ def answers_folder(folder: Path, engine: str) -> Path:
 
 @contextmanager
 def engine_of(
-    name: str, folder: Path, controller: ResidualPaving, backbone: Backbone, options: Mapping[str, object] | None
+    name: str,
+    folder: Path,
+    controller: ResidualPaving,
+    backbone: Backbone,
+    options: Mapping[str, object] | None,
+    rows: Sequence[Intervention] = (),
 ) -> Iterator[Engine]:
-    """folder: the controller's. raises RunError for options without an engine, ControllerError where vLLM cannot be had"""
+    """folder: the controller's; rows: what is to be decoded.
+
+    raises RunError for options without an engine, ControllerError where vLLM cannot be had, ValueError for a row that it
+    does not serve, before it starts
+    """
     if name == TRANSFORMERS:
         if options:
             raise RunError(
@@ -33,7 +44,9 @@ def engine_of(
             )
         yield Transformers()
         return
-    from paving.serving.offline import vllm_engine
+    from paving.serving.offline import asked_of, vllm_engine
 
+    for row in rows:
+        asked_of(controller, row, Prompt("", "", Bucket.EDIT, group=""))
     with vllm_engine(folder, controller, backbone, options or {}) as engine:
         yield engine

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Annotated, NoReturn
 
 import typer
@@ -17,13 +18,20 @@ err = Console(stderr=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 
 
-def one_line_errors(command: Callable) -> Callable:
-    """A bad input is one clear line and exit code 1; Ctrl-C says what is kept and is exit code 130."""
+def one_line_errors(command: Callable | None = None, *, divided: bool = False) -> Callable:
+    """A bad input is one clear line and exit code 1; Ctrl-C says what is kept and is exit code 130.
+
+    divided: whether several processes work on this command together; others would each do the whole of it, in one folder
+    """
+    if command is None:
+        return partial(one_line_errors, divided=divided)
 
     @wraps(command)
     def wrapped(*args, **kwargs):
         from pydantic import ValidationError
 
+        if not divided and os.environ.get("WORLD_SIZE", "1") != "1":
+            fail("only train and eval are divided over processes; run this command without a launcher.")
         try:
             return command(*args, **kwargs)
         except typer.Exit:  # a RuntimeError, raised by `fail` with its line printed already

@@ -55,7 +55,7 @@ def test_a_circuit_run_without_a_strength_has_a_curve_and_no_row(script, tmp_pat
     assert row["runs"] == 2 and row["without_strength"] == 1 and list(row["sides"]["category"]) == ["a"]
     assert row["curve"][1]["category"] == pytest.approx(0.4)
     text = circuits.markdown(summary)
-    assert "c-delta-theta, selective (1 of 2 runs without α) | 0 | 50.0 [" in text and "| base | 0 | 0.0 [" in text
+    assert "c-delta-theta, selective (1 of 2 runs without α) | 0; 1 | 50.0 [" in text and "| base | 0; 1 | 0.0 [" in text
     circuits.draw_frontier(summary, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 

@@ -15,6 +15,7 @@ from paving.intervention import Identity
 from paving.prompts import Bucket, Prompt
 from paving.run_engine import engine_of
 from paving.run_rows import row_specs
+from paving.serving.plugin import ServingError
 
 DECODING = Decoding(max_new_tokens=12)
 
@@ -33,7 +34,8 @@ def test_every_row_of_a_run_is_as_transformers_decodes_it(backbone, tmp_path, mo
     prompts = [Prompt(f"p{i}", text, list(Bucket)[i % 3], group=f"p{i}") for i, text in enumerate(TEXTS)]
     rows = [Identity(), *(s.intervention for s in row_specs(controller, ["soft", "open"], tmp_path))]
     assert [r.name for r in rows] == ["base", "learned", "learned+veto", "soft", "open", "oracle"]
-    options = {"max_model_len": 256, "max_num_seqs": 4}
+    # Prompts come in chunks, of which none but the last has an output that could say what was decided.
+    options = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 16}
     done = []
     with engine_of("vllm", folder, controller, backbone, options) as engine:
         assert engine.name.startswith("vllm 0.32")
@@ -50,3 +52,9 @@ def test_every_row_of_a_run_is_as_transformers_decodes_it(backbone, tmp_path, mo
         with pytest.raises(ValueError, match="its own scale and mixture"):
             engine.generate(backbone, prompts, controller.with_scale(3.0), DECODING)
     assert sum(done) == len(rows) * len(prompts)
+    other = save_controller(controller, tmp_path / "other")
+    with (
+        pytest.raises(ServingError, match="in this process already"),
+        engine_of("vllm", other, controller, backbone, options),
+    ):
+        pass

@@ -41,10 +41,15 @@ from paving.run_folder import RunError, write_json
 from paving.training.strength import StrengthPoint, choose_strength, prompts_needed, sweep
 
 
+class NoStrengthError(RunError):
+    """No strength that was tried keeps to the limit: a result of a run, and not a fault of it."""
+
+
 def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
     """EAP-IG over the training pairs -> the circuit, in circuit.json; taken from there if it is."""
     train, calibration = pairs_of(config)  # a bad file is refused before a model is loaded or a folder made
-    check_enough(len(calibration), config.strength.limit)
+    if not (folder / "circuit.json").exists():
+        check_enough(len(calibration), config.strength.limit)
     phrases = openings_of(config)
     if config.held_out is not None:
         held_out_sets(config, {})  # not after hours of training
@@ -67,8 +72,8 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
     """θ+ and θ− on the circuit, Δθ, and α chosen on the calibration split; the delta is saved in `folder`/delta.
 
     alpha: the owner's own choice, in place of the one the limit would make
-    raises RunError if no α keeps to the limit; Δθ and the curve are kept, and --alpha takes one of them. CircuitError if a
-    weight outside the circuit is not bit for bit the base's, after training and at the chosen α
+    raises NoStrengthError if no α keeps to the limit; Δθ and the curve are kept, and --alpha takes one of them.
+    CircuitError if a weight outside the circuit is not bit for bit the base's, after training and at the chosen α
     """
     config = read_circuit_config(folder)
     if alpha is not None:
@@ -92,7 +97,7 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
     else:
         chosen = next((p for p in points if p.strength == alpha), None)
     if alpha is None and chosen is None:
-        raise RunError(
+        raise NoStrengthError(
             f"no α of {', '.join(f'{a:g}' for a in config.strength.alphas)} keeps benign over-refusal within "
             f"{config.strength.limit:.1%} of {len(calibration)} calibration prompts, as (refused + 1) / (n + 1), with no "
             f"more answers broken beyond the base's ({_curve(points)}). "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -50,6 +51,19 @@ def with_gate(
         target.load_state_dict(machine.state_dict() | {"columns": mine[machine.columns]})
     weights.to(controller.weights.veto.bias.device).eval().requires_grad_(False)
     return replace(controller, config=config, weights=weights, policy=Hard(0.0), reference=None)
+
+
+def standardised(controller: ResidualPaving, old: ControllerConfig, z: Tensor) -> ResidualPaving:
+    """The controller with statistics of `z` (n, n_features) for the columns that `old` did not read: they count nothing in
+    mixture and veto, and in how far a prompt lies from those that were fitted on they do."""
+    router, d_model = controller.weights.router, controller.weights.experts.w_out.shape[-1]
+    new = torch.ones(z.shape[1], dtype=torch.bool)
+    new[columns(controller.config, old.route_layers, old.pooling, d_model)] = False
+    new = new.to(router.mean.device)
+    weights = copy.deepcopy(controller.weights)
+    weights.router.mean[new] = z.to(router.mean)[:, new].mean(0)
+    weights.router.std[new] = z.to(router.std)[:, new].std(0).clamp_min(1e-6)
+    return replace(controller, weights=weights)
 
 
 def columns(config: ControllerConfig, layers: Sequence[int], pooling: str, d_model: int) -> Tensor:

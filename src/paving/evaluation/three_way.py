@@ -139,8 +139,8 @@ def completions_of(
     """Decode a row bucket by bucket, or take it from disk where exactly this row was decoded before."""
     path = folder / "completions" / f"{spec.intervention.name}.jsonl"
     how = {"decoding": protocol.decoding.model_dump(), "batch": protocol.batch_size}
-    if protocol.engine.name != TRANSFORMERS:
-        how["engine"] = protocol.engine.name
+    if protocol.engine.key != TRANSFORMERS:  # answers of before there were engines have none in their key
+        how["engine"] = protocol.engine.key
     key = _key(backbone, prompts, spec, **how)
     tick = stage(f"answers: {spec.intervention.name}", len(prompts))
     if _is_there(path, key):

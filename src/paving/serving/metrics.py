@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +66,8 @@ class Watch:
             self.meters.calibration.labels(bucket).set(share)
 
     def count(self, told: Told) -> None:
-        self.meters.requests.labels(told.policy, "open" if told.gate > 0 else "closed").inc()
+        kind, _, alpha = told.policy.partition(":")  # a label's values must be few, and users choose alpha
+        self.meters.requests.labels(kind, "open" if told.gate > 0 else "closed").inc()
         if told.failed:
             self.meters.failures.inc()
         if told.veto:
@@ -75,14 +75,13 @@ class Watch:
         if told.logit is None:
             return  # asked to be closed: nothing was decided, and no prompt looked at
         self.meters.gate.observe(told.gate)
-        kind, _, alpha = told.policy.partition(":")
         if kind == CONFORMAL and self.controller.reference.verdict(told.logit, float(alpha)) == "abstain":
             self.meters.abstentions.inc()
         if told.boundary is not None:
             self._watch(told.boundary)
 
     def _watch(self, boundary: float) -> None:
-        self.meters.boundary.observe(boundary if math.isfinite(boundary) else 1e9)
+        self.meters.boundary.observe(boundary)
         if self.drift is None:
             return
         self.drift.seen(boundary)

@@ -6,6 +6,7 @@ request asks for. The base is a closed gate, which leaves plain vLLM's bits.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import ControllerError
 from paving.generation import Completion, Decoding, Tick, completion_of
 from paving.intervention import Identity, Intervention, RowState
+from paving.processes import rank_and_world
 from paving.prompts.types import Prompt
 from paving.serving.command import NEEDED, local_checkpoint
 from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
-from paving.serving.plugin import BUCKET, POLICY, VETO
+from paving.serving.plugin import BUCKET, POLICY, VETO, ServingError, installed
 from paving.serving.told import FIELD, Told, as_told
 
 CHUNK = 256  # prompts handed over at once: between two chunks there is progress to show
@@ -34,8 +36,10 @@ def vllm_engine(
 ) -> Iterator[VllmEngine]:
     """folder: the controller's, as saved; options: of vLLM's LLM, over those that a controller needs.
 
-    raises ControllerError where vLLM is not installed, ServingError for what cannot be served
+    raises ControllerError where vLLM is not installed, ServingError for what cannot be served, or not in this process
     """
+    if rank_and_world()[1] > 1:
+        raise ServingError("vLLM decodes in processes of its own; start this evaluation in one, without a launcher.")
     if find_spec("vllm") is None:
         raise ControllerError(f"the engine vllm needs vLLM, {NEEDED}")
     settings = {
@@ -54,9 +58,17 @@ def vllm_engine(
     try:
         import vllm
 
+        where = settings[CONTROLLER]
+        if installed() not in (None, where):
+            raise ServingError(f"vLLM was told of {installed()} in this process already. Evaluate {folder} in another one.")
         model = vllm.LLM(model=str(local_checkpoint(controller.base_name)), **arguments)
         try:
-            yield VllmEngine(model, controller, f"vllm {vllm.__version__}")
+            if installed() != where:
+                raise ServingError(
+                    "vLLM runs in this process without its plugins: it was used before the controller was known, or "
+                    "VLLM_PLUGINS leaves paving out. Evaluate in a process of its own, with paving among them."
+                )
+            yield VllmEngine(model, controller, f"vllm {vllm.__version__}", arguments)
         finally:
             model.llm_engine.engine_core.shutdown()
     finally:
@@ -70,8 +82,9 @@ def vllm_engine(
 class VllmEngine:
     """Decodes rows of one controller. An Engine of paving.generation."""
 
-    def __init__(self, model: Any, controller: ResidualPaving, name: str):
+    def __init__(self, model: Any, controller: ResidualPaving, name: str, settings: Mapping[str, object]):
         self.model, self.controller, self.name = model, controller, name
+        self.key = f"{name} {json.dumps(settings, sort_keys=True, default=str)}"
 
     def generate(
         self,
@@ -101,14 +114,17 @@ class VllmEngine:
                     top_p=decoding.top_p if decoding.do_sample else 1.0,
                     seed=decoding.seed if decoding.do_sample else None,
                     stop_token_ids=list(backbone.eos_ids),
-                    extra_args=self.asked(intervention, prompt),
+                    extra_args=asked_of(self.controller, intervention, prompt),
                 )
                 for prompt in chunk
             ]
             ids = [checked_ids(backbone, prompt, room=decoding.max_new_tokens) for prompt in chunk]
             outputs = self.model.generate([{"prompt_token_ids": i} for i in ids], params, use_tqdm=False)
             for prompt, output in zip(chunk, outputs, strict=True):
-                told = as_told(output.kv_transfer_params[FIELD])
+                fields = (output.kv_transfer_params or {}).get(FIELD)
+                if fields is None:
+                    raise RuntimeError(f"vLLM says nothing of the gate of {prompt.id}; its log may say why.")
+                told = as_told(fields)
                 if told.failed:
                     raise RuntimeError(f"the gate of {prompt.id} could not be decided in vLLM; its log says why.")
                 found.append(completion_of(backbone, prompt, output.outputs[0].token_ids, _state(told)))
@@ -116,29 +132,32 @@ class VllmEngine:
                 tick(len(chunk))
         return found
 
-    def asked(self, intervention: Intervention, prompt: Prompt) -> dict[str, object]:
-        """What a request of this row asks for. Only the oracle's tells the prompt's bucket."""
-        if isinstance(intervention, Identity):
-            return {POLICY: "closed"}
-        mine = self.controller
-        same = isinstance(intervention, ResidualPaving) and (
-            intervention.base_fingerprint == mine.base_fingerprint
-            and intervention.weights is mine.weights
-            and (intervention.scale, intervention.mixture) == (mine.scale, mine.mixture)
+
+def asked_of(mine: ResidualPaving, intervention: Intervention, prompt: Prompt) -> dict[str, object]:
+    """What a request of a row asks of an engine that serves `mine`. Only the oracle's tells the prompt's bucket.
+
+    raises ValueError for a row that does something else than `mine` under another gate
+    """
+    if isinstance(intervention, Identity):
+        return {POLICY: "closed"}
+    same = isinstance(intervention, ResidualPaving) and (
+        intervention.base_fingerprint == mine.base_fingerprint
+        and intervention.weights is mine.weights
+        and (intervention.scale, intervention.mixture) == (mine.scale, mine.mixture)
+    )
+    if not same:
+        raise ValueError(
+            f"vLLM serves this run's controller with its own scale and mixture; the row {intervention.name!r} has "
+            "others. Leave it out, or decode with transformers."
         )
-        if not same:
-            raise ValueError(
-                f"vLLM serves this run's controller with its own scale and mixture; the row {intervention.name!r} has "
-                "others. Leave it out, or decode with transformers."
-            )
-        asked: dict[str, object] = {POLICY: intervention.policy.name, VETO: int(intervention.use_veto)}
-        if intervention.policy == mine.policy:
-            asked[POLICY] = "default"
-        elif intervention.policy != mine.policy_named(intervention.policy.name):
-            raise ValueError(f"the row {intervention.name!r} has a threshold of its own, and vLLM the calibrated one.")
-        if isinstance(intervention.policy, Oracle):
-            asked[BUCKET] = prompt.bucket.value
-        return asked
+    asked: dict[str, object] = {POLICY: intervention.policy.name, VETO: int(intervention.use_veto)}
+    if intervention.policy == mine.policy:
+        asked[POLICY] = "default"
+    elif intervention.policy != mine.policy_named(intervention.policy.name):
+        raise ValueError(f"the row {intervention.name!r} has a threshold of its own, and vLLM the calibrated one.")
+    if isinstance(intervention.policy, Oracle):
+        asked[BUCKET] = prompt.bucket.value
+    return asked
 
 
 def _state(told: Told) -> RowState:

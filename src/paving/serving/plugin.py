@@ -51,27 +51,28 @@ def install(where: str) -> None:
     """raises ControllerError and ServingError for what cannot be served, before a model is loaded"""
     check_version()
     controller = read_controller(controller_folder(where))
+    wrap = functools.partial(_wrap, where)
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    _wrap(InputProcessor, "_validate_params", lambda old: _validate(old, controller))
-    _wrap(InputProcessor, "resolve_watermarking", _no_beams)  # what beam search asks first of all
-    _wrap(InputProcessor, "process_inputs", _no_sessions)
-    _wrap(Scheduler, "update_from_output", _tell)
-    answers.install(controller, _wrap)
-    _wrap(kv_cache_utils, "generate_block_hash_extra_keys", _taint)
+    wrap(InputProcessor, "_validate_params", lambda old: _validate(old, controller))
+    wrap(InputProcessor, "resolve_watermarking", _no_beams)  # what beam search asks first of all
+    wrap(InputProcessor, "process_inputs", _no_sessions)
+    wrap(Scheduler, "update_from_output", _tell)
+    answers.install(controller, wrap)
+    wrap(kv_cache_utils, "generate_block_hash_extra_keys", _taint)
     for runner in (GPUModelRunner, CPUModelRunner):
         if "load_model" in vars(runner):
-            _wrap(runner, "load_model", lambda old: _load(old, where))
-    _wrap(GPUModelRunner, "execute_model", _execute)
-    _wrap(GPUModelRunner, "sample_tokens", _say)
-    _wrap(GPUModelRunner, "_model_forward", _forward)
+            wrap(runner, "load_model", lambda old: _load(old, where))
+    wrap(GPUModelRunner, "execute_model", _execute)
+    wrap(GPUModelRunner, "sample_tokens", _say)
+    wrap(GPUModelRunner, "_model_forward", _forward)
     for runner in second_runners():
         if "load_model" in vars(runner):
-            _wrap(runner, "load_model", _refuse_runner)
+            wrap(runner, "load_model", _refuse_runner)
 
 
 def second_runners() -> list[type]:
@@ -165,13 +166,20 @@ def diagnostics_allowed() -> bool:
 # --- the wrappers ---------------------------------------------------------------------------------------------------
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+def _wrap(where: str, owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     """Once: vLLM may load its plugins twice in a process."""
     old = getattr(owner, name)
     if not hasattr(old, KEPT):
         new = functools.wraps(old)(make(old))
-        setattr(new, KEPT, True)
+        setattr(new, KEPT, where)
         setattr(owner, name, new)
+
+
+def installed() -> str | None:
+    """The controller folder that vLLM was told of in this process; None where it was told of none."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    return getattr(InputProcessor._validate_params, KEPT, None)
 
 
 def _validate(old: Callable, controller: ResidualPaving) -> Callable:
@@ -291,15 +299,20 @@ def _say(old: Callable) -> Callable:
 
 
 def _tell(old: Callable) -> Callable:
-    """In the scheduler: a decision goes with the first of its request's outputs."""
+    """In the scheduler: a decision waits for the first of its request's outputs, and goes with it. A part of a prompt has
+    none, and what comes from before a preemption may be dropped."""
 
     def update(self: Any, scheduled: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         found = old(self, scheduled, output, *args, **kwargs)
-        told = getattr(output, KEPT, {})
-        for outputs in found.values() if told else ():
+        waiting: dict[str, dict] = self.__dict__.setdefault(KEPT, {})
+        waiting |= getattr(output, KEPT, {})
+        for outputs in found.values() if waiting else ():
             for one in outputs.outputs:
-                if one.request_id in told:
-                    one.kv_transfer_params = {**(one.kv_transfer_params or {}), FIELD: told[one.request_id]}
+                fields = waiting.pop(one.request_id, None)
+                if fields is not None:
+                    one.kv_transfer_params = {**(one.kv_transfer_params or {}), FIELD: fields}
+        for gone in waiting.keys() - self.requests.keys():
+            del waiting[gone]
         return found
 
     return update

@@ -7,6 +7,7 @@ decided closes that request's gate; what goes wrong in a layer, where all are ed
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -204,9 +205,12 @@ class Served:
 
     def _take(self, request: Request, z: Tensor) -> None:
         decision = request.controller.decide(z, request.batch)
-        request.state = decision.rows()[0]
-        request.sums = {}
-        request.boundary = float(self.controller.weights.unlikeness(z))
+        state = decision.rows()[0]
+        if not (math.isfinite(state.gate) and math.isfinite(state.logit)):
+            raise ValueError(f"its gate is {state.gate}, its logit {state.logit}.")
+        request.state, request.sums = state, {}
+        boundary = float(self.controller.weights.unlikeness(z))
+        request.boundary = boundary if math.isfinite(boundary) else None
         if request.state.gate > 0:
             request.strength = self.controller.scale * decision.gate[0] * decision.mixture[0]
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from paving.backbone import Backbone, PromptBatch, pad_left
 from paving.backbone.hooks import record_residuals
-from paving.processes import agreed, shared, wait
+from paving.processes import agreed, of_all, shared, wait
 from paving.prompts.types import Bucket
 from paving.traces.forward import join_cache, pad_right, prompt_cache, split_cache, teacher_forced_logits
 from paving.traces.store import TraceStore, chunks, to_storage
@@ -84,7 +84,7 @@ class BaseTraces:
         for chunk in shared(list(chunks(by_length, self.batch_size))):
             self._build_chunk(chunk, kind, with_resid)
             if tick is not None:
-                tick(len(chunk))
+                tick(of_all(len(chunk)))
         wait()  # all are there, whoever made them
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 
 from paving.backbone import Backbone, checked_ids, pad_left
 from paving.generation import Completion, Decoding, batches_by_length, decode
-from paving.processes import agreed, gathered, shared
+from paving.processes import agreed, gathered, of_all, shared
 from paving.prompts.types import Prompt
 from paving.traces.store import TraceStore
 
@@ -51,7 +51,7 @@ def base_continuations(
             made[-1][prompt.id] = tuple(tokens[:end])
             store.put("continuation", keys[prompt.id], {"tokens": torch.tensor(tokens[:end], dtype=torch.int32)})
         if tick is not None:
-            tick(len(chunk))
+            tick(of_all(len(chunk)))
     for answers in gathered(made):
         found |= answers
     return found

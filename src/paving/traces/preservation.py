@@ -9,7 +9,7 @@ import torch
 from paving.backbone import Backbone, PromptBatch, checked_ids, pad_left
 from paving.generation import batches_by_length
 from paving.intervention import Intervention
-from paving.processes import gathered, shared
+from paving.processes import gathered, of_all, shared
 from paving.prompts.types import Prompt
 from paving.traces.forward import pad_right, teacher_forced_logits
 from paving.traces.top_k import kl_from_top_k, top_k
@@ -45,7 +45,7 @@ def keep_divergence(
             base = top_k(teacher_forced_logits(backbone, batch, tokens), k)
             divergence = kl_from_top_k(base, edited, token_mask).tolist()
         measured.append(dict(zip((p.id for p in chunk), divergence, strict=True)))
-        tick(len(chunk))
+        tick(of_all(len(chunk)))
     return {i: value for batch in gathered(measured) for i, value in batch.items()}
 
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -57,7 +58,7 @@ class TraceStore:
             return False
         path = self.path(kind, key)
         replaced = path.stat().st_size if path.exists() else 0
-        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial = path.with_suffix(f".partial-{platform.node()}-{os.getpid()}")  # of every process that writes here
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)

@@ -12,6 +12,7 @@ import torch
 
 from paving.backbone import Backbone, BackboneError, pad_left, render_ids, render_messages
 from paving.generation import Completion, Decoding, decode
+from paving.processes import agreed, gathered, of_all, shared
 from paving.prompts.types import Prompt
 from paving.traces.store import TraceStore, chunks
 
@@ -89,17 +90,22 @@ def reframe_targets(
         i: TraceStore.key(base=backbone.fingerprint, dtype=str(backbone.dtype), teacher=t, anchor=anchor, horizon=horizon)
         for i, t in teacher.items()
     }
-    tokens = {i: store.get("reframe", k)["tokens"].tolist() for i, k in keys.items() if store.has("reframe", k)}
+    known = agreed({i for i, k in keys.items() if store.has("reframe", k)})
+    tokens = {i: store.get("reframe", keys[i])["tokens"].tolist() for i in known}
     if tick is not None:
         tick(len(tokens))
-    missing = sorted((p.id for p in prompts if p.id not in tokens), key=lambda i: (len(teacher[i]), i))
-    for chunk in chunks(missing, batch_size):
+    missing = sorted((p.id for p in prompts if p.id not in known), key=lambda i: (len(teacher[i]), i))
+    made: list[dict[str, list[int]]] = []
+    for chunk in shared(list(chunks(missing, batch_size))):
         forced = [teacher[i] + list(anchor) for i in chunk]
+        made.append({})
         for name, continuation in zip(chunk, greedy(backbone, forced, horizon - len(anchor)), strict=True):
-            tokens[name] = [*anchor, *whole_sentences(backbone, continuation, horizon - len(anchor))]
-            store.put("reframe", keys[name], {"tokens": torch.tensor(tokens[name], dtype=torch.int32)})
+            made[-1][name] = [*anchor, *whole_sentences(backbone, continuation, horizon - len(anchor))]
+            store.put("reframe", keys[name], {"tokens": torch.tensor(made[-1][name], dtype=torch.int32)})
         if tick is not None:
-            tick(len(chunk))
+            tick(of_all(len(chunk)))
+    for batch in gathered(made):
+        tokens |= batch
     return {p.id: EditTarget(tuple(tokens[p.id]), anchor, tuple(teacher[p.id]), "reframe") for p in prompts}
 
 

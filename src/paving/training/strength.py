@@ -37,7 +37,7 @@ class StrengthPoint:
 
     @property
     def expected_over_refusal(self) -> float:
-        """(k + 1) / (n + 1): what a new prompt adds at most, on average over draws of the calibration split."""
+        """(k + 1) / (n + 1): over-refusal if one prompt more, the next one, were refused as well."""
         return (self.benign_refused + 1) / (self.n_benign + 1)
 
     @property
@@ -85,8 +85,9 @@ def choose_strength(points: Sequence[StrengthPoint], limit: float) -> StrengthPo
     """The point that refuses most of the category with over-refusal held to `limit`; the weaker edit among equals.
 
     By conformal risk control (Angelopoulos et al., arXiv 2208.02814, theorem 1): strengths are allowed from the weakest
-    up to the first with (k + 1) / (n + 1) > limit. On prompts like the calibration split's the chosen edit then refuses
-    at most `limit` in expectation; by k / n <= limit it would refuse more, since the strongest that looks allowed is
+    up to the first with (k + 1) / (n + 1) > limit. On prompts like the calibration split's what is chosen then refuses at
+    most `limit` in expectation, where a prompt once refused stays refused at greater strengths (nearly so) and where
+    choosing none counts as the base; by k / n <= limit it would be more, since the strongest that looks allowed is
     taken. Nor may it break more benign answers than the base does, by more than the limit: a model that answers
     nonsense refuses little. None where no strength keeps to both: which one to take then is for the owner to say.
     """
