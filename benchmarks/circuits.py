@@ -275,7 +275,10 @@ def draw_frontier(summary: dict, path: Path) -> None:
     for (name, row), (colour, marker) in zip(((n, r) for n, r in summary.items() if r["curve"]), looks, strict=False):
         x, y = ([100 * p[side] for p in row["curve"]] for side in ("benign", "category"))
         axes.plot(x, y, color=colour, marker=marker, markersize=5, label=name)
-    axes.set(xlim=(-1, 60), ylim=(-2, 102), xlabel="benign prompts refused, %", ylabel="category refused, %")
+    reach = max((100 * p["benign"] for row in summary.values() for p in row["curve"]), default=0)
+    axes.set(
+        xlim=(-1, min(100, reach + 5)), ylim=(-2, 102), xlabel="benign prompts refused, %", ylabel="category refused, %"
+    )
     axes.legend(loc="lower right", fontsize=9)
     figure.savefig(path, dpi=160)
 

@@ -11,7 +11,7 @@ from paving.backbone import render_batch
 from paving.controller import ControllerConfig, fresh_controller, load_controller, save_controller
 from paving.controller.gate_machines import Machine, MachineShape
 from paving.controller.gates import Hard
-from paving.controller.regated import columns, with_gate
+from paving.controller.regated import columns, standardised, with_gate
 from paving.controller.residual_paving import boundary_features
 from paving.prompts.types import Bucket, Prompt
 from paving.traces.prompt_states import PromptStates
@@ -89,6 +89,20 @@ def test_only_the_gate_is_another(backbone, regated):
         assert not torch.allclose(logit, new.weights.router(after)[0])
     for name, value in old.weights.experts.state_dict().items():
         assert torch.equal(value, new.weights.experts.state_dict()[name])
+
+
+def test_new_columns_are_standardised_and_decide_nothing_by_it(backbone, regated):
+    old, new, _ = regated
+    width = len(new.weights.router.mean)
+    z = 100 * torch.randn(50, width, generator=torch.Generator().manual_seed(0)) + 7
+    mine = columns(new.config, old.config.route_layers, old.config.pooling, backbone.d_model)
+    z[:, mine] = z[:, mine] / 100 * old.weights.router.std + old.weights.router.mean
+    done = standardised(new, old.config, z)
+    assert new.weights.unlikeness(z).mean() > 10 and done.weights.unlikeness(z).mean() == pytest.approx(1, abs=0.2)
+    for a, b in zip(done.weights.route(z), new.weights.route(z), strict=True):
+        assert torch.equal(a, b)
+    vetoes = [c.weights.veto(c.weights.router.normalise(z)) for c in (done, new)]
+    assert torch.equal(*vetoes)
 
 
 def test_a_searched_gate_is_saved_and_loaded(backbone, regated, tmp_path):
