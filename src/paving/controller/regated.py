@@ -62,7 +62,7 @@ def standardised(controller: ResidualPaving, old: ControllerConfig, z: Tensor) -
     new = new.to(router.mean.device)
     weights = copy.deepcopy(controller.weights)
     weights.router.mean[new] = z.to(router.mean)[:, new].mean(0)
-    weights.router.std[new] = z.to(router.std)[:, new].std(0).clamp_min(1e-6)
+    weights.router.std[new] = z.to(router.std)[:, new].std(0, correction=0).clamp_min(1e-6)
     return replace(controller, weights=weights)
 
 
