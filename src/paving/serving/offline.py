@@ -24,7 +24,7 @@ from paving.processes import rank_and_world
 from paving.prompts.types import Prompt
 from paving.serving.command import NEEDED, local_checkpoint
 from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
-from paving.serving.plugin import BUCKET, POLICY, VETO, ServingError, installed
+from paving.serving.plugin import BUCKET, POLICY, VETO, ServingError, install, installed
 from paving.serving.told import FIELD, Told, as_told
 
 CHUNK = 256  # prompts handed over at once: between two chunks there is progress to show
@@ -61,13 +61,9 @@ def vllm_engine(
         where = settings[CONTROLLER]
         if installed() not in (None, where):
             raise ServingError(f"vLLM was told of {installed()} in this process already. Evaluate {folder} in another one.")
+        install(where)  # vLLM loads its plugins once a process, and that may have been before the controller was known
         model = vllm.LLM(model=str(local_checkpoint(controller.base_name)), **arguments)
         try:
-            if installed() != where:
-                raise ServingError(
-                    "vLLM runs in this process without its plugins: it was used before the controller was known, or "
-                    "VLLM_PLUGINS leaves paving out. Evaluate in a process of its own, with paving among them."
-                )
             yield VllmEngine(model, controller, f"vllm {vllm.__version__}", arguments)
         finally:
             model.llm_engine.engine_core.shutdown()
@@ -123,7 +119,9 @@ class VllmEngine:
             for prompt, output in zip(chunk, outputs, strict=True):
                 fields = (output.kv_transfer_params or {}).get(FIELD)
                 if fields is None:
-                    raise RuntimeError(f"vLLM says nothing of the gate of {prompt.id}; its log may say why.")
+                    raise RuntimeError(
+                        f"vLLM says nothing of the gate of {prompt.id}: see its log; or VLLM_PLUGINS leaves paving out."
+                    )
                 told = as_told(fields)
                 if told.failed:
                     raise RuntimeError(f"the gate of {prompt.id} could not be decided in vLLM; its log says why.")
