@@ -132,9 +132,15 @@ def test_another_engines_answers_stand_beside_the_runs_own(finished, setting, mo
     assert all(c.response.endswith(" w1") for c in load_completions(there / "completions" / "base.jsonl"))
     assert "by vllm 0" in (there / "report.html").read_text(encoding="utf-8")
     assert {p: p.read_bytes() for p in own} == own
+    old = folder / "judges" / "of-before"
+    old.mkdir(parents=True)
+    (old / "metrics.json").write_text("{}", encoding="utf-8")
+    (old / "report.html").write_text("what one judge let pass", encoding="utf-8")
     monkeypatch.setattr(generation, "generate", lambda *a, **k: pytest.fail("decoded again"))
     again = runs.evaluate(folder, setting[1], judge=WordJudge(), engine="vllm")
-    assert again.rows == metrics.rows
+    assert again.rows == metrics.rows  # metrics that cannot be read take none of it away, but for their own report
+    assert not (old / "report.html").exists() and (folder / "report.html").exists()
+    shutil.rmtree(old)
 
 
 def test_an_ablation_shares_prompts_scale_and_base_answers_with_its_run(finished, setting, tmp_path, monkeypatch):

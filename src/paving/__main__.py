@@ -1,4 +1,4 @@
-"""`python -m paving ...`, and so `accelerate launch ... -m paving ...`."""
+"""`python -m paving ...`, and so `torchrun ... -m paving ...`."""
 
 from paving.cli import app
 

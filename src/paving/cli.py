@@ -114,7 +114,7 @@ def train(
 ) -> None:
     """Fit a routed residual controller: four stages, calibrated on its own split. Killed and run again, it goes on.
 
-    Under `accelerate launch --num_processes N -m paving train ...` the work is divided over processes.
+    Under `torchrun --nproc_per_node N -m paving train ...` the work is divided over processes (docs/scaling.md).
     """
     from paving import run as runs
     from paving.processes import together

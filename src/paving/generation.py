@@ -73,18 +73,8 @@ class Engine(Protocol):
     name: str
     key: str
 
-    def generate(
-        self,
-        backbone: Backbone,
-        prompts: Sequence[Prompt],
-        intervention: Intervention,
-        decoding: Decoding,
-        *,
-        batch_size: int = 32,
-        known: Sequence[Mapping[str, Completion]] = (),
-        by_row: bool = False,
-        tick: Tick | None = None,
-    ) -> list[Completion]: ...
+    def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
+        """As `generate` of this module."""
 
 
 def generate(

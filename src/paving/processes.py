@@ -1,4 +1,4 @@
-"""Several processes on one job, as `accelerate launch` starts them: each does its share, and all know the whole.
+"""Several processes on one job, as torchrun and `accelerate launch` start them: each does its share, and all know the whole.
 
 Every process runs the same code on the same data and comes to the same state. What is heavy goes over shares: batches of
 prompts when a model runs over many, rows of a step when a controller is trained. In a process by itself every function here
@@ -40,8 +40,8 @@ def rank_and_world() -> tuple[int, int]:
 def launched() -> Iterator[None]:
     """Joins the others where a launcher started this process (WORLD_SIZE in the environment). The first alone has stdout.
 
-    A process that the launcher ends, as it does where another failed, ends as one that was interrupted, and takes its copy
-    of the run folder along.
+    A process that the launcher ends, as it does where another failed, cleans up as one that was interrupted, unless it is
+    killed before it comes to it.
     raises ProcessError where accelerate is not installed
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or (dist.is_available() and dist.is_initialized()):

@@ -204,7 +204,9 @@ def evaluate(
     write_text(out / "metrics.json", metrics.model_dump_json(indent=1))
     if out == folder:
         write_card(folder / "controller", description, card_rows(metrics))
-    every_report(folder)
+    report(folder, out, answers)
+    for error in other_reports(folder, but=out):
+        means.say(error)
     return metrics
 
 
@@ -230,12 +232,22 @@ def judge_folder(folder: Path, judge: str) -> Path:
     return folder / "judges" / "".join(c if c.isalnum() or c in "-_." else "-" for c in judge)
 
 
-def every_report(folder: Path) -> None:
-    """All reports of a run anew: what one judge calls HARMFUL, of whichever engine's answers, is shown in none of them."""
+def other_reports(folder: Path, but: Path) -> list[str]:
+    """The run's other reports anew: what one judge calls HARMFUL, of whichever engine's answers, is shown in none of them.
+
+    returns what stood in the way of some: metrics of another version must not undo an evaluation. Such a report goes.
+    """
+    errors = []
     for answers in (folder, *sorted(folder.glob("engines/*"))):
         for path in (answers / "metrics.json", *sorted(answers.glob("judges/*/metrics.json"))):
-            if path.exists():
+            if not path.exists() or path.parent == but:
+                continue
+            try:
                 report(folder, path.parent, answers)
+            except RunError as error:
+                (path.parent / "report.html").unlink(missing_ok=True)
+                errors.append(f"{error} Its report.html is removed: it may show what was called HARMFUL since.")
+    return errors
 
 
 def report(folder: Path, judged: Path | None = None, answers: Path | None = None) -> Path:

@@ -237,8 +237,10 @@ def test_the_oracle_reads_a_bucket_where_measuring_is_allowed_and_nowhere_else(c
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (Asked("oracle"), "needs the prompt's bucket, one of edit, benign_keep, harmful_keep; got None"),
-        (Asked("oracle", "safe"), "got 'safe'"),
+        (Asked("oracle"), "needs the prompt's bucket, one of edit, benign_keep, harmful_keep"),
+        (Asked("oracle", "safe"), "bucket is 'safe'"),
+        (Asked("hard", "safe"), "bucket is 'safe'"),
+        (Asked("soft", ["edit"]), r"bucket is \['edit'\]"),
         (Asked("hard", veto="no"), "veto is 'no', neither 1 nor 0"),
         (Asked(["hard"]), "is none that a request may ask for"),
     ],
@@ -246,6 +248,9 @@ def test_the_oracle_reads_a_bucket_where_measuring_is_allowed_and_nowhere_else(c
 def test_what_a_request_asks_wrongly_is_one_clear_error(controller, asked, said):
     with pytest.raises(ValueError, match=said):
         asked_for(controller, asked, diagnostics=True)
+    engine = Engine(controller, {"a": 3, "b": 3}, diagnostics=True)  # what comes through all the same harms no other
+    engine.step(("a", 0, 3), ("b", 0, 3), policies={"a": asked})
+    assert engine.served.tell("a").failed and not engine.served.tell("b").failed
 
 
 def test_a_request_may_leave_a_fitted_veto_out_for_measuring(controller):

@@ -19,7 +19,7 @@ from paving.steering.weight_steering import WeightSteeringConfig
 class StrengthConfig(BaseModel):
     """The search for α on the calibration split.
 
-    limit           most benign over-refusal, a fraction (the paper's mean: 4.2 %)
+    limit           most benign over-refusal, a fraction (the paper's mean: 4.2 %), held as (refused + 1) / (n + 1)
     max_new_tokens  None decodes what the run decodes: shorter answers hide what breaks later in them
     enough          over-refusal beyond which no larger α is tried
     """

@@ -89,12 +89,11 @@ class VllmEngine:
         intervention: Intervention,
         decoding: Decoding,
         *,
-        batch_size: int = 32,
-        known: Sequence[Mapping[str, Completion]] = (),
-        by_row: bool = False,
         tick: Tick | None = None,
+        **_batching: object,
     ) -> list[Completion]:
-        """As paving.generation.generate; the engine batches as it likes, and decodes every row anew.
+        """As paving.generation.generate; the engine batches as it likes, and decodes every row anew, so that what a caller
+        says of batches and known answers is nothing to it.
 
         raises ValueError for a row that this engine does not serve, RuntimeError where a gate could not be decided
         """

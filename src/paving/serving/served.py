@@ -240,6 +240,9 @@ def asked_for(controller: ResidualPaving, asked: Asked, *, diagnostics: bool = F
     name, measuring = asked.policy, asked.bucket is not None or asked.veto is not None
     if measuring and not diagnostics:
         raise ValueError("a bucket or veto goes with measuring; this server was not started with --allow-oracle.")
+    buckets = [b.value for b in Bucket]  # a list: what a user sends may have no hash
+    if asked.bucket not in [None, *buckets]:
+        raise ValueError(f"bucket is {asked.bucket!r}, and none of {', '.join(buckets)}.")
     if asked.veto not in (None, True, False):
         raise ValueError(f"veto is {asked.veto!r}, neither 1 nor 0.")
     use_veto = controller.use_veto if asked.veto is None else bool(asked.veto)
@@ -251,6 +254,6 @@ def asked_for(controller: ResidualPaving, asked: Asked, *, diagnostics: bool = F
     if not isinstance(name, str) or not (name in allowed or name.startswith("conformal:")):
         raise ValueError(f"policy {name!r} is none that a request may ask for; allowed: {DEFAULT}, {', '.join(allowed)}, "
                          "conformal:ALPHA.")  # fmt: skip
-    if name == "oracle" and asked.bucket not in {b.value for b in Bucket}:
-        raise ValueError(f"the oracle needs the prompt's bucket, one of {', '.join(Bucket)}; got {asked.bucket!r}.")
+    if name == "oracle" and asked.bucket is None:
+        raise ValueError(f"the oracle needs the prompt's bucket, one of {', '.join(buckets)}.")
     return controller.with_policy(controller.policy_named(name), use_veto=use_veto)
