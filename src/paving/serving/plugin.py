@@ -36,7 +36,7 @@ from paving.serving.told import FIELD
 POLICY, BUCKET, VETO = "paving_policy", "paving_bucket", "paving_veto"  # of a request's extra arguments
 SUPPORTED = "0.32."  # the runner's methods that are wrapped below are no public interface
 # Whose blocks return (hidden, residual) with the residual stream as their sum: those of others would be misread.
-SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SERVED = tuple(f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3"))
 FILES = ("auto", "safetensors", "hf")
 KEPT = "_paving"  # on a model runner: its Served, and the step under way
 
