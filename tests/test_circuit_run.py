@@ -9,7 +9,7 @@ import pytest
 
 from paving.circuit import edges
 from paving.circuit.mask import CircuitError
-from paving.circuit_run import StrengthConfig, edit, evaluate, find, stages
+from paving.circuit_run import StrengthConfig, edit, evaluate, find, stages, trained
 from paving.circuit_run.inputs import held_out_sets
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import Decoding
@@ -17,6 +17,7 @@ from paving.report.examples import REDACTED
 from paving.run import Means
 from paving.run_folder import RunError
 from paving.steering.weight_steering import WeightSteeringConfig
+from paving.training import strength
 from tiny_circuit_runs import WordJudge, tiny_circuit, write_circuit_files
 from tiny_models import tiny_backbone
 
@@ -64,7 +65,7 @@ def test_what_is_finished_is_not_done_again(files, tmp_path, means, monkeypatch)
     def forbidden(*_args, **_kwargs):
         raise AssertionError("done again")
 
-    for where in ("stages.attribute", "stages.weight_delta", "rows.weight_delta", "stages.sweep"):
+    for where in ("stages.attribute", "trained.weight_delta", "stages.sweep"):
         monkeypatch.setattr(f"paving.circuit_run.{where}", forbidden)
     monkeypatch.setattr("paving.generation.generate", forbidden)
     assert find(tiny_circuit(files), folder, means) == delta.mask
@@ -86,6 +87,56 @@ def test_a_killed_run_goes_on_to_the_same_delta(files, tmp_path, means, monkeypa
     again = run_whole(files, folder, means)
     assert (folder / "delta" / "delta.safetensors").read_bytes() == (tmp_path / "whole/delta/delta.safetensors").read_bytes()
     assert again.description == whole.description
+
+
+def test_a_comparator_is_trained_once_whenever_it_is_stopped_and_whatever_is_asked_of_it_later(
+    files, tmp_path, means, monkeypatch
+):
+    folder = tmp_path / "run"
+    run_whole(files, folder, means)
+    original, asked = strength.generate, []
+
+    def stopped(*args):
+        asked.append(1)
+        if len(asked) == 2:  # the first strength is measured by then
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(strength, "generate", stopped)
+        evaluate(folder, means, against=["random", "ws"], judge=WordJudge())
+    monkeypatch.setattr(trained, "weight_delta", lambda *_a, **_k: pytest.fail("trained again"))
+    asked.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(strength, "generate", lambda *args: asked.append(1) or original(*args))
+        found = evaluate(folder, means, against=["random", "ws"], judge=WordJudge())
+    points = len(found.frontier["random"]) - 1 + len(found.frontier["ws"]) - 1  # the base's is the edit's
+    assert len(asked) == points - 1 and not list(folder.rglob("*.partial*"))
+    monkeypatch.setattr("paving.circuit_run.rows.fit_weight_steering", lambda *_a, **_k: pytest.fail("trained again"))
+    source = files / "further.jsonl"
+    source.write_text('{"id": "f", "prompt": "w101 w102 w3"}\n', encoding="utf-8")
+    later = evaluate(folder, means, ood=[str(source)], judge=WordJudge())
+    assert all("further" in row.sets for row in later.rows) and [r.name for r in later.rows] == [r.name for r in found.rows]
+
+
+def test_pairs_that_change_under_a_run_are_refused_for_what_was_trained_on_would_choose_alpha(files, tmp_path, means):
+    (tmp_path / "files").mkdir()
+    own = write_circuit_files(tmp_path / "files")
+    folder = tmp_path / "run"
+    find(tiny_circuit(own), folder, means)
+    before = (own / "train.jsonl").read_text(encoding="utf-8")
+    (own / "train.jsonl").write_text(before + '{"id": "new", "base": "w7 w8", "harm": "w111 w112"}\n', encoding="utf-8")
+    kept = {p: p.read_bytes() for p in folder.iterdir()}
+    for stage in (
+        lambda: find(tiny_circuit(own), folder, means),
+        lambda: edit(folder, means),
+        lambda: evaluate(folder, means),
+    ):
+        with pytest.raises(RunError, match=r"train\.jsonl has changed since the circuit in .* was found"):
+            stage()
+    assert {p: p.read_bytes() for p in folder.iterdir()} == kept
+    (own / "train.jsonl").write_text(before, encoding="utf-8")
+    edit(folder, means, judge=WordJudge())
 
 
 def test_nothing_of_the_compliance_fine_tune_is_written(files, tmp_path, means, monkeypatch):
@@ -202,13 +253,13 @@ def without_paths(files) -> dict:
 def test_an_edit_that_reached_a_weight_off_the_circuit_makes_no_delta(files, tmp_path, means, monkeypatch):
     folder = tmp_path / "run"
     find(tiny_circuit(files), folder, means)
-    whole = stages.weight_delta
+    whole = trained.weight_delta
 
     def astray(backbone, *args, **kwargs):
         backbone.model.get_input_embeddings().weight.data[3, 3] += 1
         return whole(backbone, *args, **kwargs)
 
-    monkeypatch.setattr(stages, "weight_delta", astray)
+    monkeypatch.setattr(trained, "weight_delta", astray)
     with pytest.raises(CircuitError, match=r"outside the circuit have changed: .*embed_tokens"):
         edit(folder, means, judge=WordJudge())
     assert not (folder / "delta").exists()
@@ -323,6 +374,21 @@ def test_an_edge_level_circuit_says_which_layers_channels_are_taken_from(files, 
     held = edges.ffn_layers(edges.load_circuit(tmp_path / "edges" / "edges.json"))
     assert set(some.channels) == set(held) & set(everything.channels) and set(some.channels) < set(everything.channels)
     assert all(some.channels[layer] == everything.channels[layer] for layer in some.channels)
+
+
+def test_comparators_of_a_global_circuit_within_edges_are_of_its_size(files, tmp_path, means, monkeypatch):
+    folder, sizes = tmp_path / "run", []
+    config = {"edges": 12, "edge_pairs": 2, "scope": "global", "fraction": 0.02}
+    circuit = find(tiny_circuit(files, **config), folder, means)
+    assert set(circuit.channels) < set(trained.edge_layers(tiny_circuit(files, **config), folder))  # a layer has none
+    edit(folder, means, judge=WordJudge())
+    monkeypatch.setattr(
+        "paving.circuit_run.rows.trained_slices", lambda _p, _b, _c, _t, mask, *_: sizes.append(mask.size) or 1 / 0
+    )
+    for name in ("inverse", "random"):
+        with pytest.raises(ZeroDivisionError):
+            evaluate(folder, means, against=[name], judge=WordJudge())
+    assert sizes == [circuit.size] * 2
 
 
 def test_a_circuit_of_another_base_is_refused(files, tmp_path, means):

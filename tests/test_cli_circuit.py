@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from command_line import paving, printed, refused
 from paving.circuit.arithmetic import ArithmeticConfig
-from paving.circuit_run.config import RECIPES
+from paving.circuit.attribution import AttributionConfig
+from paving.circuit_run.config import RECIPES, StrengthConfig
 from paving.cli_circuit import circuit_config
 from tiny_models import tiny_backbone
 from tiny_pairs import COMPLYING, REFUSING, tiny_pairs, write_pairs
@@ -75,6 +76,10 @@ def test_a_recipe_is_laid_over_a_file_block_by_block(made, tmp_path):
     assert selective.batch_size == 4 and selective.retain == RECIPES["selective"]["arithmetic"]["retain"]
     published = circuit_config(file, "published", **options).arithmetic
     assert published == ArithmeticConfig(batch_size=4)  # the paper's, whatever the file had
+    finished = tmp_path / "finished.json"  # a run's own configuration, with all that the recipe had set
+    finished.write_text(circuit_config(file, "selective", **options).model_dump_json(), encoding="utf-8")
+    again = circuit_config(finished, "published", **options)
+    assert (again.fraction, again.strength.alphas, again.attribution) == (0.15, StrengthConfig().alphas, AttributionConfig())
     assert circuit_config(file, None, **options).arithmetic.retain == "ce"
 
 

@@ -153,8 +153,23 @@ def test_a_model_that_packing_would_change_is_refused():
     backbone = tiny_backbone("mistral")  # slides a window of 4096 by default
     backbone.model.config.sliding_window = 4
     rows = opening_examples(backbone, TEXTS, OPENINGS.refusal, seed=0)
-    with pytest.raises(BackboneError, match="sliding window 4"):
+    with pytest.raises(BackboneError, match="slides a window of 4 tokens"):
         check_packing(backbone, rows)
+
+
+def test_one_long_row_of_a_later_batch_is_refused_and_so_is_a_long_answer_to_keep():
+    backbone = tiny_backbone("mistral")
+    mask = some_mask(backbone)
+    longest = max(len(r.prompt) + len(r.answer) for r in opening_examples(backbone, TEXTS, OPENINGS.refusal, seed=0))
+    backbone.model.config.sliding_window = longest + 4
+    long = " ".join(["w9"] * 20)
+    config = ArithmeticConfig(epochs=1, batch_size=2)
+    with pytest.raises(BackboneError, match="slides a window"):
+        fine_tuned(backbone, [*TEXTS, long], mask, "refusal", OPENINGS, config)
+    own = [Example([1, 5, 6], [7] * 60)]
+    with pytest.raises(BackboneError, match="slides a window"):
+        fine_tuned(backbone, TEXTS, mask, "refusal", OPENINGS, config.model_copy(update={"retain": "ce"}), own)
+    fine_tuned(backbone, TEXTS, mask, "refusal", OPENINGS, config)
 
 
 def test_bad_input_is_one_clear_error():

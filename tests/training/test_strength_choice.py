@@ -96,8 +96,15 @@ def test_a_sweep_begins_with_the_base_and_ends_where_nothing_could_be_chosen():
     assert points[-1].over_refusal == 1.0
     asked.clear()
     known = point(0.0, 1, 0, n=3)  # the base of another sweep over the same prompts is not asked again
-    assert sweep(backbone, harmful, benign, at, [1.0], labels_of, Decoding(max_new_tokens=2), base=known)[0] is known
+    assert sweep(backbone, harmful, benign, at, [1.0], labels_of, Decoding(max_new_tokens=2), known=[known])[0] is known
     assert asked == [1.0]
+    asked.clear()
+    kept = []  # stopped after 1.0, it goes on with 2.0
+    again = sweep(
+        backbone, harmful, benign, at, [1.0, 2.0], labels_of, Decoding(max_new_tokens=2),
+        known=points[:2], keep=kept.append,
+    )  # fmt: skip
+    assert again[:2] == points[:2] and asked == [2.0] and [len(p) for p in kept] == [1, 2, 3]
 
 
 def test_a_side_without_prompts_is_refused():

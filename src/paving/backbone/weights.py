@@ -10,8 +10,9 @@ from torch import Tensor
 
 def edited(base: Tensor, delta: Tensor, alpha: float) -> Tensor:
     """θ0 + α·Δθ in float64, rounded once to the base's dtype: two elementwise operations, the same bits everywhere."""
-    change = delta.to(base.device).double() * alpha
-    return (base.double() + change).to(base.dtype)
+    wide = torch.device("cpu") if base.device.type == "mps" else base.device  # Apple's GPUs have no float64
+    change = delta.to(wide).double() * alpha
+    return (base.to(wide).double() + change).to(base.dtype).to(base.device)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -20,7 +20,7 @@ from paving.circuit.slices import SliceDelta, check_fits
 from paving.traces.top_k import TopK, top_k
 from paving.training.opening_examples import Example, opening_examples
 from paving.training.openings import Openings
-from paving.training.packing import answer_cross_entropy, answer_logits, check_packing
+from paving.training.packing import answer_cross_entropy, answer_logits, check_packing, check_window
 
 Watch = Callable[[str, int, int, dict[str, float]], None]
 Side = Literal["refusal", "compliance"]
@@ -104,8 +104,10 @@ def fine_tuned(
     for epoch in range(config.epochs):
         rows = _shuffled(opening_examples(backbone, texts, phrases, seed=config.seed, epoch=epoch), rng)
         batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
-        if epoch == 0 and config.packing:
-            check_packing(backbone, batches[0])
+        if config.packing:
+            check_window(backbone, (*rows, *own))
+            if epoch == 0:
+                check_packing(backbone, batches[0])
         for step, batch in enumerate(batches, 1):
             kept_rows = [next(kept) for _ in batch] if config.retain != "none" else []
             with changed(projections, mask, changes):

@@ -65,7 +65,7 @@ def attribute(
     longest_first = sorted(token_pairs(backbone, pairs), key=lambda p: -max(len(p.clean), len(p.corrupt)))
     for batch in pair_batches(backbone, longest_first, config.batch_size):  # the rest then fits into what is held
         for layer, scores in score(backbone, projections, batch, j, config).items():
-            part = (-scores if config.signed else scores.abs()).double().sum(0).cpu()
+            part = (-scores if config.signed else scores.abs()).cpu().double().sum(0)
             sums[layer] = sums[layer] + part if layer in sums else part
         if tick is not None:
             tick(batch.clean.shape[0])

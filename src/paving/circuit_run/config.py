@@ -94,7 +94,12 @@ class CircuitConfig(BaseModel):
 # benign answers while it learns to refuse, and leaves θ− out (how it was found: docs/circuits.md).
 RECIPES: dict[str, dict] = {
     "published": {
+        "fraction": 0.15,
+        "scope": "layer",
+        "edges": None,
+        "attribution": AttributionConfig().model_dump(include={"reading", "steps", "path", "signed", "first"}),
         "arithmetic": ArithmeticConfig().model_dump(include={"retain", "learning_rate", "epochs", "minus"}),
+        "strength": {"alphas": list(StrengthConfig().alphas)},
     },
     "selective": {
         "fraction": 0.06,

@@ -14,7 +14,7 @@ from paving.circuit.delta_files import load_delta, save_delta, weights_sha256
 from paving.circuit.pairs import Pair
 from paving.circuit_run.config import CircuitConfig
 from paving.circuit_run.folder import load_circuit, read_circuit_config
-from paving.circuit_run.inputs import held_out_sets, pairs_of, set_name
+from paving.circuit_run.inputs import held_out_sets, run_pairs, set_name
 from paving.circuit_run.rows import Comparator, Fitted, comparator
 from paving.circuit_run.stages import judged_by, kept_strengths, read_strengths, strengths_of
 from paving.evaluation.judges import Judge
@@ -37,7 +37,7 @@ from paving.run import Means
 from paving.run_folder import RunError, write_text
 from paving.run_records import examples_of
 from paving.traces.store import TraceStore
-from paving.training.strength import StrengthPoint, choose_strength
+from paving.training.strength import Keep, StrengthPoint, choose_strength
 
 EDIT = "c-delta-theta"
 
@@ -59,6 +59,7 @@ def evaluate(
     raises   RunError without a finished delta or held-out pairs
     """
     config = read_circuit_config(folder)
+    train, calibration = run_pairs(config, folder)
     names, sources = with_earlier(folder, against, ood)
     others = [comparator(name) for name in names]  # an unknown row is refused before minutes are spent
     sets, left_out = held_out_sets(config, sources)
@@ -77,7 +78,6 @@ def evaluate(
         raise RunError(f"{folder / 'delta'} was not made on {config.model} as it is now. Put back the run's own delta.")
     if left_out:
         means.say(f"left out: {left_out} held-out prompts that stand among the run's own pairs")
-    train, calibration = pairs_of(config)
     protocol = Protocol(config.decoding, judge or means.judge(config.judge))
     measure = _Rows(backbone, sets, protocol, folder, means)
     rows = [measure.row(Identity(), "reference", None, "base")]
@@ -206,9 +206,10 @@ def _points(
 ) -> Sequence[StrengthPoint]:
     """The comparator on the calibration pairs, strength by strength; kept in comparators/NAME.json."""
 
-    def measure() -> Sequence[StrengthPoint]:
+    def measure(known: Sequence[StrengthPoint], keep: Keep) -> Sequence[StrengthPoint]:
         found, config, means = fitting.fitted, fitting.config, fitting.means
-        return strengths_of(fitting.backbone, config, calibration, found.at, found.strengths, means, judge, base)
+        known = (base, *known)
+        return strengths_of(fitting.backbone, config, calibration, found.at, found.strengths, means, judge, known, keep)
 
     path = fitting.folder / "comparators" / f"{fitting.name}.json"
     return kept_strengths(path, judged_by(fitting.config, judge), measure)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +19,7 @@ from paving.prompts.leakage import near_or_equal, normalised
 from paving.prompts.readers import read_prompts
 from paving.prompts.types import Bucket, Prompt
 from paving.run import Means
-from paving.run_folder import RunError
+from paving.run_folder import RunError, write_json
 from paving.training.opening_examples import Example
 from paving.training.openings import Openings, openings, read_openings
 
@@ -26,6 +28,36 @@ def pairs_of(config: CircuitConfig) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]
     """(train, calibration). raises CircuitError for a category without pairs, or too few."""
     pairs = read_pairs(config.pairs, config.category, benign=config.benign, limit=config.limit)
     return split_pairs(pairs, config.calibration, config.seed)
+
+
+def run_pairs(config: CircuitConfig, folder: Path) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+    """(train, calibration) of a run that `find` began. raises RunError where they are no longer the pairs it began with:
+    what was trained on would choose α."""
+    splits = pairs_of(config)
+    path = folder / "split.json"
+    if not path.exists():
+        raise RunError(f"{folder} does not say which pairs it began with. Find its circuit first: paving circuit find")
+    if json.loads(path.read_text(encoding="utf-8")) != split_record(splits):
+        raise RunError(
+            f"{config.pairs} has changed since the circuit in {folder} was found, and with it which pairs train and which "
+            "choose α. Put the file back as it was, or begin anew in another folder; nothing was changed."
+        )
+    return splits
+
+
+def record_split(config: CircuitConfig, folder: Path) -> None:
+    """Which pairs train and which choose α, by id and digest of the text, in `folder`/split.json. raises as `run_pairs`"""
+    if (folder / "split.json").exists():
+        run_pairs(config, folder)
+    else:
+        write_json(folder / "split.json", split_record(pairs_of(config)))
+
+
+def split_record(splits: tuple[Sequence[Pair], Sequence[Pair]]) -> dict[str, list[list[str]]]:
+    def digest(pair: Pair) -> str:
+        return hashlib.sha256(f"{pair.harmful}\0{pair.benign}".encode()).hexdigest()[:16]
+
+    return {n: [[p.id, digest(p)] for p in pairs] for n, pairs in zip(("train", "calibration"), splits, strict=True)}
 
 
 def openings_of(config: CircuitConfig) -> Openings:

@@ -10,18 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paving.backbone import Backbone
-from paving.circuit.arithmetic import weight_delta
 from paving.circuit.mask import Choice, choose
 from paving.circuit.pairs import Pair
 from paving.circuit.slices import CircuitEdit
 from paving.circuit_run.config import CircuitConfig
 from paving.circuit_run.folder import load_circuit
-from paving.circuit_run.inputs import openings_of, own_answers
+from paving.circuit_run.inputs import openings_of
+from paving.circuit_run.trained import edge_layers, trained_slices, within
 from paving.intervention import Intervention
 from paving.run import Means
+from paving.run_folder import RunError
 from paving.steering.activation_steering import fit_activation_steering
 from paving.steering.behaviour import BehaviourConfig
 from paving.steering.cast import fit_cast
+from paving.steering.weight_delta import load_weight_delta, save_weight_delta
 from paving.steering.weight_steering import WeightSteering, fit_weight_steering
 
 At = Callable[[float], Intervention]
@@ -59,13 +61,17 @@ def _other_circuit(choice: Choice) -> Callable[..., Fitted]:
 
     def fit(backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means) -> Fitted:
         own_mask, scores = load_circuit(folder, backbone.fingerprint)
-        if config.edges is not None:
-            scores = {layer: scores[layer] for layer in own_mask.channels}
+        scores = within(scores, edge_layers(config, folder))
         reading, scope = config.attribution.reading, config.scope
         mask = choose(scores, reading, config.fraction, scope=scope, choice=choice, seed=config.seed)
-        own = own_answers(backbone, config, train, folder, means)
-        slices = weight_delta(backbone, train, mask, openings_of(config), config.arithmetic, own=own, watch=means.watch)
+        if mask.size != own_mask.size:
+            raise RunError(
+                f"{folder / 'circuit.json'} holds {own_mask.size} channels, where the run's settings choose {mask.size}: it "
+                "is damaged. Find the circuit again in another folder."
+            )
         name = "inverse" if choice == "bottom" else choice
+        path = folder / "comparators" / f"{name}.safetensors"
+        slices = trained_slices(path, backbone, config, train, mask, folder, means)
         return Fitted(lambda a: CircuitEdit(slices, a, name=name), config.strength.alphas)
 
     return fit
@@ -87,8 +93,12 @@ def _conditional_steering(
 
 def _weight_steering(backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means) -> Fitted:
     settings = config.weight_steering.model_copy(update={"seed": config.arithmetic.seed})
-    harmful = [p.harmful for p in train]
-    delta = fit_weight_steering(backbone, harmful, openings_of(config), settings, say=means.say)
+    path = folder / "comparators" / "ws.safetensors"
+    if path.exists():
+        delta = load_weight_delta(path, backbone)
+    else:
+        delta = fit_weight_steering(backbone, [p.harmful for p in train], openings_of(config), settings, say=means.say)
+        save_weight_delta(delta, path)
     return Fitted(lambda a: WeightSteering(delta, a), WS_ALPHAS)
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paving.backbone import Backbone
 from paving.backbone.projections import ffn_outputs
 from paving.circuit import edges
-from paving.circuit.arithmetic import weight_delta
 from paving.circuit.attribution import attribute
 from paving.circuit.delta import Delta, check_alpha, make_delta
 from paving.circuit.delta_files import load_delta, save_delta
-from paving.circuit.mask import CircuitError, Mask, choose
+from paving.circuit.mask import Mask, choose
 from paving.circuit.objective import Objective, objective, references
 from paving.circuit.pairs import Pair
 from paving.circuit.slices import CircuitEdit, SliceDelta, check_off_circuit, off_circuit
@@ -30,15 +27,17 @@ from paving.circuit_run.inputs import (
     harmful_prompts,
     held_out_sets,
     openings_of,
-    own_answers,
     pairs_of,
+    record_split,
+    run_pairs,
 )
+from paving.circuit_run.trained import edge_layers, trained_slices, within
 from paving.evaluation.judges import Judge
 from paving.generation import Decoding
 from paving.intervention import Intervention
 from paving.run import Means, labels_of
 from paving.run_folder import RunError, write_json
-from paving.training.strength import StrengthPoint, choose_strength, prompts_needed, sweep
+from paving.training.strength import Keep, StrengthPoint, choose_strength, prompts_needed, sweep
 
 
 class NoStrengthError(RunError):
@@ -55,6 +54,7 @@ def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
         held_out_sets(config, {})  # not after hours of training
     backbone = means.load(config.model, config.dtype)
     open_circuit_run(config, folder)
+    record_split(config, folder)
     if (folder / "circuit.json").exists():
         means.say(f"the circuit in {folder} is found; nothing to do")
         return load_circuit(folder, backbone.fingerprint)[0]
@@ -62,8 +62,10 @@ def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
     read = train[: config.attributed]
     j = objective(references(backbone, read, phrases, kind=config.reference, seed=config.seed))
     scores = attribute(backbone, read, j, config.attribution, means.stage("attribution (pairs)", len(read)))
-    layers = edge_level_layers(backbone, config, read, j, folder, means)
-    mask = choose(within(scores, layers), config.attribution.reading, config.fraction, scope=config.scope)
+    find_edges(backbone, config, read, j, folder, means)
+    mask = choose(
+        within(scores, edge_layers(config, folder)), config.attribution.reading, config.fraction, scope=config.scope
+    )
     save_circuit(folder, mask, scores, backbone.fingerprint)
     return mask
 
@@ -88,9 +90,9 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
             )
         means.say(f"the delta in {folder} is finished; nothing to do")
         return found
-    train, calibration = pairs_of(config)
+    train, calibration = run_pairs(config, folder)
     before = off_circuit(backbone, mask)
-    slices = trained_slices(backbone, config, train, mask, folder, means)
+    slices = trained_slices(folder / "slices.safetensors", backbone, config, train, mask, folder, means)
     points = calibrated(backbone, config, calibration, slices, folder, means, judge)
     if alpha is None:
         chosen = choose_strength(points, config.strength.limit)
@@ -134,18 +136,16 @@ def check_enough(calibration: int, limit: float) -> None:
 # --- the stages -------------------------------------------------------------------------------------------------
 
 
-def edge_level_layers(
+def find_edges(
     backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], j: Objective, folder: Path, means: Means
-) -> tuple[int, ...] | None:
-    """The layers whose FFN the edge-level circuit holds (in edges.json), where the configuration asks for one."""
+) -> None:
+    """The edge-level circuit, in edges.json, where the configuration asks for one."""
     if config.edges is None:
-        return None
+        return
     pairs = edges.token_pairs(backbone, train[: config.edge_pairs])
     done = means.stage("edge-level attribution (pairs)", len(pairs))
     scores = edges.edge_scores(backbone, pairs, j, steps=config.attribution.steps, progress=lambda _so_far: done(1))
-    circuit = edges.greedy_edges(scores, config.edges)
-    circuit.save(folder / "edges.json")
-    return edges.ffn_layers(circuit)
+    edges.greedy_edges(scores, config.edges).save(folder / "edges.json")
 
 
 def nothing_scored(backbone: Backbone, config: CircuitConfig) -> dict[int, Tensor]:
@@ -153,32 +153,6 @@ def nothing_scored(backbone: Backbone, config: CircuitConfig) -> dict[int, Tenso
     neurons = config.attribution.reading == "neurons"
     shapes = {layer: p.weight.shape for layer, p in ffn_outputs(backbone).items() if layer >= config.attribution.first}
     return {layer: torch.zeros(shape[1] if neurons else shape[0]) for layer, shape in shapes.items()}
-
-
-def within(scores: Mapping[int, Tensor], layers: Collection[int] | None) -> dict[int, Tensor]:
-    """raises CircuitError if the edge-level circuit leaves no layer to take channels from"""
-    kept = {layer: s for layer, s in scores.items() if layers is None or layer in layers}
-    if not kept:
-        raise CircuitError("the edge-level circuit holds no FFN that channels could be taken from; ask for more edges.")
-    return kept
-
-
-def trained_slices(
-    backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], mask: Mask, folder: Path, means: Means
-) -> SliceDelta:
-    """Δθ = θ+ − θ− (or θ+ − θ0), in `folder`/slices.safetensors; taken from there if it is. θ− is never written."""
-    path = folder / "slices.safetensors"
-    if path.exists():
-        try:
-            return SliceDelta(mask, {int(name): values for name, values in load_file(path).items()})
-        except (SafetensorError, ValueError) as error:
-            raise RunError(f"{path} is damaged ({error}). Remove it; the same command trains it again.") from error
-    own = own_answers(backbone, config, train, folder, means)
-    slices = weight_delta(backbone, train, mask, openings_of(config), config.arithmetic, own=own, watch=means.watch)
-    partial = path.with_suffix(".partial")
-    save_file({str(layer): values.contiguous() for layer, values in slices.values.items()}, partial)
-    partial.replace(path)
-    return slices
 
 
 def calibrated(
@@ -192,10 +166,9 @@ def calibrated(
 ) -> tuple[StrengthPoint, ...]:
     """Refusal of the category against over-refusal at every α, in strengths.json; taken from there if it is."""
 
-    def measure() -> Sequence[StrengthPoint]:
-        return strengths_of(
-            backbone, config, calibration, lambda a: CircuitEdit(slices, a), config.strength.alphas, means, judge
-        )
+    def measure(known: Sequence[StrengthPoint], keep: Keep) -> Sequence[StrengthPoint]:
+        at, alphas = (lambda a: CircuitEdit(slices, a)), config.strength.alphas
+        return strengths_of(backbone, config, calibration, at, alphas, means, judge, known, keep)
 
     return kept_strengths(folder / "strengths.json", judged_by(config, judge), measure)
 
@@ -204,14 +177,29 @@ def judged_by(config: CircuitConfig, judge: Judge | None) -> str:
     return config.judge if judge is None else judge.name
 
 
-def kept_strengths(path: Path, judge: str, measure: Callable[[], Sequence[StrengthPoint]]) -> tuple[StrengthPoint, ...]:
-    """The points in `path`; measured, and written there, where there are none or another judge counted them."""
+def kept_strengths(
+    path: Path, judge: str, measure: Callable[[Sequence[StrengthPoint], Keep], Sequence[StrengthPoint]]
+) -> tuple[StrengthPoint, ...]:
+    """The points in `path`; measured, and written there, where there are none or another judge counted them.
+
+    measure: (points of a sweep that was stopped, what to call with all points so far) -> points
+    """
     if path.exists():
         by, points = read_strengths(path)
         if by == judge:
             return points
-    points = tuple(measure())
-    write_json(path, {"judge": judge, "points": [asdict(p) for p in points]})
+    partial, known = path.with_suffix(".partial.json"), ()
+    if partial.exists():
+        by, found = read_strengths(partial)
+        known = found if by == judge else ()
+
+    def write(to: Path, points: Sequence[StrengthPoint]) -> None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_json(to, {"judge": judge, "points": [asdict(p) for p in points]})
+
+    points = tuple(measure(known, lambda so_far: write(partial, so_far)))
+    write(path, points)
+    partial.unlink(missing_ok=True)
     return points
 
 
@@ -235,15 +223,18 @@ def strengths_of(
     strengths: Sequence[float],
     means: Means,
     judge: Judge | None = None,
-    base: StrengthPoint | None = None,
+    known: Sequence[StrengthPoint] = (),
+    keep: Keep | None = None,
 ) -> tuple[StrengthPoint, ...]:
     """The same rule for every method: refusal and over-refusal on the calibration pairs, strength by strength."""
     labels = labels_of(judge or means.judge(config.judge))
     shorter = config.strength.max_new_tokens
     decoding = config.decoding if shorter is None else Decoding(max_new_tokens=shorter)
     harmful, benign = harmful_prompts(calibration), benign_prompts(calibration)
-    enough = config.strength.enough
-    return sweep(backbone, harmful, benign, at, strengths, labels, decoding, enough=enough, base=base, stage=means.stage)
+    return sweep(
+        backbone, harmful, benign, at, strengths, labels, decoding,
+        enough=config.strength.enough, known=known, keep=keep, stage=means.stage,
+    )  # fmt: skip
 
 
 def calibration_point(chosen: StrengthPoint | None) -> dict[str, object]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from paving.backbone import Backbone
 from paving.training.opening_examples import Example
-from paving.training.packing import answer_cross_entropy, check_packing
+from paving.training.packing import answer_cross_entropy, check_packing, check_window
 
 Say = Callable[[str], None]
 
@@ -50,8 +50,10 @@ def fine_tune(
         for epoch in range(epochs):
             rows = list(examples(epoch))
             order = rng.sample(rows, len(rows))
-            if packing and epoch == 0:
-                check_packing(base, order[:batch_size])
+            if packing:
+                check_window(base, order)
+                if epoch == 0:
+                    check_packing(base, order[:batch_size])
             losses = []
             for start in range(0, len(order), batch_size):
                 with torch.autocast(base.device.type, dtype=torch.bfloat16):

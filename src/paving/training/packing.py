@@ -7,7 +7,7 @@ eight such rows takes about half the time of a padded batch, for the same loss u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +65,25 @@ def answer_cross_entropy(backbone: Backbone, rows: Sequence[Example], *, packing
 def check_packing(backbone: Backbone, rows: Sequence[Example]) -> None:
     """raises BackboneError for a model whose answers change by packing: one that ignores the mask or the positions
     given (ALiBi, recurrent blocks), or slides a window shorter than the rows."""
-    window = getattr(text_config(backbone.model), "sliding_window", None)
-    longest = max(len(r.prompt) + len(r.answer) for r in rows)
+    check_window(backbone, rows)
     logits, _ = packed_logits(backbone, rows)
     reference = _padded_logits(backbone, rows)[0].float()
     worst = ((logits.float() - reference).abs().max() / reference.abs().max()).item()
-    if worst > TOLERANCE or (window is not None and longest > window):
+    if worst > TOLERANCE:
         raise BackboneError(
-            f"{backbone.name} does not answer packed rows as it answers padded ones (they differ by {worst:.1%}, rows of "
-            f"{longest} tokens, sliding window {window or 'none'}). Set packing=False."
+            f"{backbone.name} does not answer packed rows as it answers padded ones (they differ by {worst:.1%}). "
+            "Set packing=False."
+        )
+
+
+def check_window(backbone: Backbone, rows: Iterable[Example]) -> None:
+    """raises BackboneError where a row is longer than the window that the model slides: packed, it would see all of it"""
+    window = getattr(text_config(backbone.model), "sliding_window", None)
+    longest = max((len(r.prompt) + len(r.answer) for r in rows), default=0)
+    if window is not None and longest > window:
+        raise BackboneError(
+            f"{backbone.name} slides a window of {window} tokens, and a row has {longest}: packed, it would see more "
+            "than the model does. Set packing=False."
         )
 
 

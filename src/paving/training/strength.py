@@ -45,6 +45,9 @@ class StrengthPoint:
         return self.benign_broken / self.n_benign
 
 
+Keep = Callable[[Sequence[StrengthPoint]], None]
+
+
 def sweep(
     backbone: Backbone,
     harmful: Sequence[Prompt],
@@ -55,27 +58,32 @@ def sweep(
     decoding: Decoding,
     *,
     enough: float = 0.5,
-    base: StrengthPoint | None = None,
+    known: Sequence[StrengthPoint] = (),
+    keep: Keep | None = None,
     stage: Stage = silent,
 ) -> tuple[StrengthPoint, ...]:
     """The base, then every strength in ascending order until over-refusal passes `enough`: beyond it nothing is chosen.
 
     at      strength -> the edit at that strength
-    base    the point of strength 0, where another sweep over the same prompts has measured it
+    known   points that were measured on the same prompts before, the base's (strength 0) of another sweep among them
+    keep    called with all points so far, after each
     raises  ValueError without prompts on either side
     """
     if not harmful or not benign:
         raise ValueError(
             f"strengths are compared on calibration prompts; there are {len(harmful)} harmful and {len(benign)} benign."
         )
-    points = [] if base is None else [base]
-    ordered = [*([0.0] if base is None else []), *sorted(set(strengths) - {0.0})]
-    tick = stage("strengths on the calibration split", len(ordered))
+    measured, points = {p.strength: p for p in known}, []
+    ordered = [0.0, *sorted(set(strengths) - {0.0})]
+    tick = stage("strengths on the calibration split", len(set(ordered) - set(measured)))
     for strength in ordered:
-        answers = generate(backbone, [*benign, *harmful], at(strength) if strength else Identity(), decoding)
-        labels = list(labels_of(answers))
-        points.append(_point(strength, answers, labels, {p.id for p in harmful}))
-        tick(1)
+        if strength not in measured:
+            answers = generate(backbone, [*benign, *harmful], at(strength) if strength else Identity(), decoding)
+            measured[strength] = _point(strength, answers, list(labels_of(answers)), {p.id for p in harmful})
+            tick(1)
+        points.append(measured[strength])
+        if keep is not None:
+            keep(tuple(points))
         if points[-1].over_refusal > enough:
             break
     return tuple(points)
