@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -94,7 +95,8 @@ def test_a_configuration_of_another_shape_is_one_line(made, tmp_path, content):
 
 def test_apply_verify_remove(made, tmp_path):
     delta, edited, restored = made / "harm" / "delta", tmp_path / "edited", tmp_path / "restored"
-    assert "edited checkpoint" in printed("circuit", "apply", made / "base", delta, "--out", edited)
+    text = printed("circuit", "apply", made / "base", delta, "--out", edited)
+    assert "proved to differ from the base in the circuit alone" in text
     text = printed("circuit", "verify", made / "base", edited, delta)
     assert "verified: " in text and "values changed, all in the circuit (5 of 57 tensors)" in text
     printed("circuit", "remove", edited, delta, "--out", restored)
@@ -124,6 +126,33 @@ def test_compose_and_take_out_again(made, tmp_path):
     printed("circuit", "apply", made / "base", back, "--out", tmp_path / "a")
     printed("circuit", "apply", made / "base", made / "other" / "delta", "--out", tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_composition_is_measured_by_the_run_of_each_category_and_its_card_says_so(made, tmp_path):
+    both = tmp_path / "both"
+    printed("circuit", "compose", made / "harm" / "delta", made / "other" / "delta", "--out", both)
+    unmeasured = tmp_path / "unmeasured"
+    printed("circuit", "apply", made / "base", both, "--out", unmeasured)
+    assert "paving circuit evaluate RUN --delta DELTA" in (unmeasured / "README.md").read_text(encoding="utf-8")
+    for category in ("harm", "other"):
+        run = shutil.copytree(made / category, tmp_path / f"run-{category}")
+        other = made / {"harm": "other", "other": "harm"}[category] / "delta"
+        said = printed("circuit", "evaluate", run, "--delta", both, "--delta", other)
+        assert "both" in said
+        rows = json.loads(printed("circuit", "evaluate", run, "--json"))["rows"]  # they stay
+        assert [r["name"] for r in rows][:4] == ["base", "c-delta-theta", "both", other.parent.name]
+    printed("circuit", "apply", made / "base", both, "--out", tmp_path / "edited")
+    card = (tmp_path / "edited" / "README.md").read_text(encoding="utf-8")
+    assert all(f"| {said} |" in card for said in ("refusal of harm", "refusal of other", "benign over refusal"))
+    assert "was not measured" not in card
+    single = json.loads((made / "other" / "delta" / "delta.json").read_text(encoding="utf-8"))
+    assert "refusal_of_harm" not in single["components"][0]["metrics"]  # another run's row leaves a single delta alone
+    shutil.move(both, tmp_path / "elsewhere")
+    assert "left out: the row both" in paving("circuit", "evaluate", tmp_path / "run-harm").stderr
+    (tmp_path / "base").mkdir()
+    assert "another row is called base" in refused(
+        "circuit", "evaluate", tmp_path / "run-harm", "--delta", tmp_path / "base"
+    )
 
 
 def test_refusals_are_one_line(made, tmp_path):

@@ -83,6 +83,9 @@ def evaluate_circuit(
     folder: RunFolder,
     against: Annotated[list[str] | None, typer.Option(help="Further rows: inverse, random, as, cast, ws.")] = None,
     ood: Annotated[list[str] | None, typer.Option(help="Prompt files or datasets of other sources.")] = None,
+    delta: Annotated[
+        list[Path] | None, typer.Option(help="Further delta folders of this base, as what compose wrote: a row each.")
+    ] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemote = False,
     as_json: AsJson = False,
@@ -94,7 +97,7 @@ def evaluate_circuit(
     from paving.terminal import out
 
     with means_of(device, trust_remote_code, quiet=as_json) as means:
-        metrics = evaluate(folder, means, against=against or (), ood=ood or ())
+        metrics = evaluate(folder, means, against=against or (), ood=ood or (), deltas=delta or ())
     if as_json:
         print(metrics.model_dump_json(indent=1))
         return
@@ -134,16 +137,18 @@ def apply_delta(
     delta: DeltaFolder,
     folder: Annotated[Path, typer.Option("--out", help="Folder of the edited checkpoint; it must not exist.")],
     alpha: Annotated[float | None, typer.Option(help="Another α than the delta's own.")] = None,
-    prove: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove from the files what was changed.")] = True,
 ) -> None:
-    """An ordinary checkpoint with the circuit edited: loads in plain transformers and any server that takes the base."""
+    """An ordinary checkpoint with the circuit edited: loads in plain transformers and any server that takes the base.
+
+    What is written is proved, tensor by tensor, before it takes its name.
+    """
     from paving.circuit.checkpoint import export_checkpoint
     from paving.circuit.delta_files import load_delta
 
-    export_checkpoint(base, load_delta(delta), alpha, folder)
-    say(f"edited checkpoint: {folder}")
-    if prove:
-        verify_checkpoint(base, folder, delta, alpha)
+    with proving(base) as tick:
+        export_checkpoint(base, load_delta(delta), alpha, folder, tick=tick)
+    say(f"edited checkpoint: {folder}, proved to differ from the base in the circuit alone")
+    say(f"the proof again, with hashes: paving circuit verify {base} {folder} {delta} --json")
 
 
 @app.command("remove")
@@ -174,7 +179,8 @@ def verify_checkpoint(
     """Prove from the files alone, tensor by tensor, that nothing outside the circuit changed; exit code 1 if it did."""
     from paving.circuit.verify import verify
 
-    found = verify(base, edited, delta, alpha=alpha)
+    with proving(base, quiet=as_json) as tick:
+        found = verify(base, edited, delta, alpha=alpha, tick=tick)
     if as_json:
         print(json.dumps(found.as_json(), indent=1))
     else:
@@ -220,6 +226,17 @@ def circuit_config(file: Path | None, recipe: str | None, **options):
         if needed not in content:
             raise ValueError(f"--{needed} is missing: which contrastive pairs, and which category of them?")
     return CircuitConfig.model_validate(content)
+
+
+@contextmanager
+def proving(base: str, *, quiet: bool = False):
+    """Progress over the bytes of the base's weights; gives what to call with those that are done."""
+    from paving.circuit.shards import checkpoint_folder
+    from paving.progress import live_progress
+
+    total = sum(path.stat().st_size for path in checkpoint_folder(base).glob("*.safetensors"))
+    with live_progress(err, quiet=quiet) as (stage, _watch, _note):
+        yield stage("proof (bytes)", total)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -18,9 +18,14 @@ from paving.circuit.folders import check_free, whole_folder
 from paving.circuit.mask import CircuitError
 from paving.circuit.shards import CONFIG, INDEX, Checkpoint, belongs_beside, checkpoint_folder, open_checkpoint
 from paving.circuit.slices import write_slice
+from paving.circuit.verify import compared
+
+Tick = Callable[[int], None]
 
 
-def export_checkpoint(base: Backbone | str | Path, delta: Delta, alpha: float | None, out: str | Path) -> Path:
+def export_checkpoint(
+    base: Backbone | str | Path, delta: Delta, alpha: float | None, out: str | Path, *, tick: Tick | None = None
+) -> Path:
     """The edited checkpoint of a base: an ordinary folder that plain transformers loads.
 
     base   a checkpoint folder, the embedded model, a Hugging Face id in the local cache, or a Backbone loaded by one of
@@ -29,15 +34,20 @@ def export_checkpoint(base: Backbone | str | Path, delta: Delta, alpha: float | 
 
     raises CircuitError as `apply_to` does; a model without files has to be saved with save_pretrained first.
     """
-    return apply_to(checkpoint_folder(base.name if isinstance(base, Backbone) else base), delta, out, alpha=alpha)
+    folder = checkpoint_folder(base.name if isinstance(base, Backbone) else base)
+    return apply_to(folder, delta, out, alpha=alpha, tick=tick)
 
 
-def apply_to(folder: str | Path, delta: Delta, out: str | Path, *, alpha: float | None = None) -> Path:
+def apply_to(
+    folder: str | Path, delta: Delta, out: str | Path, *, alpha: float | None = None, tick: Tick | None = None
+) -> Path:
     """Write base + alpha * delta to the new folder `out`, with config, tokenizer and a model card; `folder` stays as it is.
 
     Files are copied, then the circuit's tensors are written over in the copy, so names, shapes, shards, headers and every
-    other byte of the weights are the base's. Memory: the delta and one tensor.
+    other byte of the weights are the base's. What was written is read again and proved as `verify` does before it takes
+    its name. Memory: the delta and one tensor.
 
+    tick  called with the bytes of every tensor that is proved
     raises CircuitError if `out` exists; if `folder` is not the delta's base, not whole, quantised or not in safetensors;
     if the delta does not fit it. Nothing is left at `out` then, nor when the process is stopped.
     """
@@ -61,6 +71,12 @@ def apply_to(folder: str | Path, delta: Delta, out: str | Path, *, alpha: float 
         total = sum(stored.numel for stored in checkpoint.tensors.values())
         write_card(partial, delta, alpha, sha256=weights_sha256(delta), total=total)
         _finish(checkpoint, partial)
+        _, _, findings = compared(checkpoint, open_checkpoint(partial), delta, alpha, tick)
+        if findings:
+            raise CircuitError(
+                f"what was written is not {folder} with this delta ({findings[0]}): files changed meanwhile, or the disk "
+                "does not keep what it is given. Nothing is left of it; try again."
+            )
     return out
 
 

@@ -130,11 +130,20 @@ def verify(
     if loaded is None or None in opened:
         return Verification(*shown, None, 0, 0, (), (), tuple(findings))
     alpha = loaded.checked_alpha(alpha)
-    tensors = _tensors(*opened, loaded, alpha, findings, tick or (lambda _: None))
-    files = _files(*opened, findings)
+    tensors, files, found = compared(*opened, loaded, alpha, tick)
+    findings += found
     values = sum(stored.numel for stored in opened[0].tensors.values())
     circuit = sum(own.numel() for own in loaded.base.values())
     return Verification(*shown, alpha, values, circuit, tensors, files, tuple(findings))
+
+
+def compared(
+    base: Checkpoint, edited: Checkpoint, delta: Delta, alpha: float, tick: Callable[[int], None] | None = None
+) -> tuple[tuple[TensorLine, ...], tuple[FileLine, ...], tuple[str, ...]]:
+    """(a line a tensor, a line a file, what contradicts) of two checkpoints that are open. tick as `verify`'s"""
+    findings: list[str] = []
+    tensors = _tensors(base, edited, delta, alpha, findings, tick or (lambda _: None))
+    return tensors, _files(base, edited, findings), tuple(findings)
 
 
 def _opened(read: Callable, path: Path, findings: list[str]):

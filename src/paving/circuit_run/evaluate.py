@@ -15,7 +15,7 @@ from paving.circuit.pairs import Pair
 from paving.circuit_run.config import CircuitConfig
 from paving.circuit_run.folder import load_circuit, read_circuit_config
 from paving.circuit_run.inputs import held_out_sets, run_pairs, set_name
-from paving.circuit_run.rows import Comparator, Fitted, comparator
+from paving.circuit_run.rows import COMPARATORS, Comparator, Fitted, comparator
 from paving.circuit_run.stages import judged_by, kept_strengths, read_strengths, strengths_of
 from paving.evaluation.judges import Judge
 from paving.evaluation.refusal_policy import (
@@ -48,20 +48,24 @@ def evaluate(
     *,
     against: Sequence[str] = (),
     ood: Sequence[str] = (),
+    deltas: Sequence[Path] = (),
     judge: Judge | None = None,
 ) -> PolicyMetrics:
     """Base, the edit at its α, and every row of `against` at the strength that the same rule chooses for it.
 
     against  rows of paving.circuit_run.rows: inverse, random, as, cast, ws
     ood      prompt files or datasets that the circuit was not found on; what they should do is not judged, only what changed
+    deltas   folders of further deltas of this base, each a row at its own α: compositions, whose figures are written into
+             them for the card, or other categories'
     Rows and sources of an earlier evaluation stay.
 
-    raises   RunError without a finished delta or held-out pairs
+    raises   RunError without a finished delta or held-out pairs, or for a further delta of another base
     """
     config = read_circuit_config(folder)
     train, calibration = run_pairs(config, folder)
     names, sources = with_earlier(folder, against, ood)
     others = [comparator(name) for name in names]  # an unknown row is refused before minutes are spent
+    further = further_deltas(folder, deltas, means)
     sets, left_out = held_out_sets(config, sources)
     if not (folder / "delta").exists():
         raise RunError(f"{folder} has no finished delta. Train it first: paving circuit edit {folder}")
@@ -76,13 +80,23 @@ def evaluate(
         )
     if delta.description.base.fingerprint != backbone.fingerprint:
         raise RunError(f"{folder / 'delta'} was not made on {config.model} as it is now. Put back the run's own delta.")
+    for name, (path, other) in further.items():
+        if other.description.base.fingerprint != backbone.fingerprint:
+            raise RunError(f"{path} ({name}) was not made on {config.model} as it is now. Leave it out.")
     if left_out:
         means.say(f"left out: {left_out} held-out prompts that stand among the run's own pairs")
     protocol = Protocol(config.decoding, judge or means.judge(config.judge))
     measure = _Rows(backbone, sets, protocol, folder, means)
     rows = [measure.row(Identity(), "reference", None, "base")]
     rows.append(measure.row(delta.edit(), "edit", delta.alpha, f"{weights_sha256(delta)}/{delta.alpha}"))
+    by_limit = choose_strength(curve, config.strength.limit)
     frontier = {EDIT: frontier_points(curve, delta.alpha)}
+    for name, (path, other) in further.items():
+        row = measure.row(replace(other.edit(), name=name), "delta", other.alpha, f"{weights_sha256(other)}/{other.alpha}")
+        rows.append(row)
+        if other.description.composition is not None:  # a single category's are those of its own run
+            found = {**other.description.metrics, **card_metrics(row, composed=True)}
+            save_delta(with_metrics(other, found), path, overwrite=True)
     for other in others:
         fitting = _Fitting(other, backbone, config, train, folder, means)
         points = _points(fitting, calibration, judge, curve[0])
@@ -100,8 +114,10 @@ def evaluate(
         decoding=config.decoding.model_dump(),
         pairs={"train": len(train), "calibration": len(calibration), "held_out": len(sets[0].prompts)},
         ood=sources,
+        deltas={name: str(path) for name, (path, _) in further.items()},
         left_out=left_out,
         over_refusal_limit=config.strength.limit,
+        owners_alpha=by_limit is None or by_limit.strength != delta.alpha,
         touched=touched(backbone, delta),
         layers=layer_summaries(folder, delta),
         frontier=frontier,
@@ -133,11 +149,11 @@ def report(folder: Path) -> Path:
     return write_circuit_report(metrics, folder / "report.html", examples=examples, utility=measured)
 
 
-def card_metrics(row: PolicyRow) -> dict[str, dict]:
-    """What the model card says of the edit, each with its n and interval."""
-    names = {CATEGORY: "harmful_refusal", BENIGN: "benign_over_refusal"}
+def card_metrics(row: PolicyRow, *, composed: bool = False) -> dict[str, dict]:
+    """What the model card says of the edit, each with its n and interval. composed: no category of it is the one."""
+    names = {BENIGN: "benign_over_refusal"} | ({} if composed else {CATEGORY: "harmful_refusal"})
     found = {names.get(s.side, f"refusal_of_{name}"): s.refused.model_dump() for name, s in row.sets.items()}
-    broken = {f"{name}_broken": s.broken.model_dump() for name, s in row.sets.items() if s.side in names}
+    broken = {f"{name}_broken": s.broken.model_dump() for name, s in row.sets.items() if s.side in (CATEGORY, BENIGN)}
     return found | broken
 
 
@@ -156,6 +172,28 @@ def with_earlier(folder: Path, against: Sequence[str], ood: Sequence[str]) -> tu
                 f"of an earlier evaluation, moving {folder / 'metrics.json'} away leaves it out."
             )
     return list(dict.fromkeys([*names, *against])), sources
+
+
+def further_deltas(folder: Path, deltas: Sequence[Path], means: Means) -> dict[str, tuple[Path, Delta]]:
+    """Row -> (folder, delta) of those asked for and of an earlier evaluation's that are still there. A row is called as
+    the delta's folder, or as the run that the folder `delta` is of.
+
+    raises RunError for two of one name, or one that is called as another row
+    """
+    earlier: dict[str, str] = {}
+    with suppress(FileNotFoundError, ValueError):
+        earlier = PolicyMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8")).deltas
+    paths = {}
+    for name, path in earlier.items():
+        if Path(path).exists():
+            paths[name] = Path(path)
+        else:
+            means.say(f"left out: the row {name}, whose delta {path} is gone")
+    for path in (d.resolve() for d in deltas):
+        name = path.parent.name if path.name == "delta" else path.name
+        if name in ("base", EDIT, *(c.name for c in COMPARATORS)) or paths.setdefault(name, path) != path:
+            raise RunError(f"another row is called {name}, as {path} would be. Rename its folder.")
+    return {name: (path, load_delta(path)) for name, path in paths.items()}
 
 
 class _Rows:

@@ -63,6 +63,11 @@ class FrontierPoint(Record):
     chosen: bool
 
 
+def expected_over_refusal(refused: Rate) -> float | None:
+    """(k + 1) / (n + 1) of benign calibration prompts, by which strengths are allowed (paving.training.strength)."""
+    return None if refused.rate is None else (refused.k + 1) / (refused.n + 1)
+
+
 class LayerSummary(Record):
     """Where the circuit and its edit lie: mean score of all and of chosen channels, how many are chosen, norm of α·Δθ."""
 
@@ -76,9 +81,11 @@ class LayerSummary(Record):
 class PolicyMetrics(Record):
     """What `metrics.json` of a circuit run holds.
 
-    over_refusal_limit  a fraction
+    over_refusal_limit  a fraction, which `expected_over_refusal` of calibration prompts was held to where α was chosen by it
+    owners_alpha        whether the edit's α is its owner's, and not the one that the limit chooses
     touched             share of the parameters
     ood                 name of a set of further prompts -> file or dataset
+    deltas              name of a row -> folder of the further delta that it measures
     left_out            held-out prompts that stand among the run's own pairs, and were not asked
     """
 
@@ -91,8 +98,10 @@ class PolicyMetrics(Record):
     decoding: dict[str, Any]
     pairs: dict[str, int]
     ood: dict[str, str] = Field(default_factory=dict)
+    deltas: dict[str, str] = Field(default_factory=dict)
     left_out: int = 0
     over_refusal_limit: float
+    owners_alpha: bool = False
     touched: float
     layers: list[LayerSummary]
     frontier: dict[str, list[FrontierPoint]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from paving.evaluation.refusal_policy import BENIGN, CATEGORY, PolicyMetrics, PolicyRow
+from paving.evaluation.refusal_policy import BENIGN, CATEGORY, PolicyMetrics, PolicyRow, expected_over_refusal
 from paving.evaluation.results import Rate
 from paving.evaluation.utility import Utility
 from paving.report import circuit_figures as figures
@@ -104,12 +104,15 @@ def _choice(metrics: PolicyMetrics, row: PolicyRow) -> str:
         return f"its strength of {row.strength:g} is its owner's, and was not tried on the calibration split"
     if point is None:
         return f"none of the {len(points)} strengths tried on the calibration split was chosen"
-    chosen = f"its strength of {point.strength:g} was chosen on the calibration split"
-    found = point.benign_refused
-    if found.rate is None:
-        return f"{chosen}, whether within the limit is {missing(found.n)}"
-    met = "met" if found.rate <= metrics.over_refusal_limit else "did not meet"
-    return f"{chosen}, where it {met} the limit ({percent(found.rate)}%)"
+    expected = expected_over_refusal(point.benign_refused)
+    if expected is None:
+        seen = f"whether within the limit is {missing(point.benign_refused.n)}"
+    else:
+        limit = metrics.over_refusal_limit
+        against = f"{'within' if expected <= limit else 'above'} the limit of {percent(limit)}%"
+        seen = f"(k + 1) / (n + 1) of the benign calibration prompts is {percent(expected)}%, {against}"
+    by = "is its owner's" if metrics.owners_alpha else "was chosen on the calibration split"
+    return f"its strength of {point.strength:g} {by}: {seen}"
 
 
 def failures(metrics: PolicyMetrics, row: PolicyRow) -> str:

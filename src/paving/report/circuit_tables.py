@@ -8,7 +8,15 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from paving.evaluation.refusal_policy import BENIGN, CATEGORY, FrontierPoint, PolicyMetrics, PolicyRow, SetRates
+from paving.evaluation.refusal_policy import (
+    BENIGN,
+    CATEGORY,
+    FrontierPoint,
+    PolicyMetrics,
+    PolicyRow,
+    SetRates,
+    expected_over_refusal,
+)
 from paving.evaluation.results import Rate
 from paving.evaluation.utility import Utility
 from paving.report.tables import (
@@ -123,7 +131,7 @@ def strengths(metrics: PolicyMetrics) -> Table:
     """Every strength tried on the calibration split."""
     columns = (
         "row", "strength", "category refused ↑ % [CI]", "benign refused ↓ % [CI]", "benign broken ↓ % [CI]",
-        "within limit", "chosen",
+        "(k+1)/(n+1) within limit", "chosen",
     )  # fmt: skip
     return Table(
         columns,
@@ -214,8 +222,9 @@ def strength_cell(row: PolicyRow) -> Cell:
     return Cell("n/a") if row.strength is None else Cell(f"{row.strength:g}", row.strength)
 
 
-def _within_cell(rate: Rate, limit: float) -> Cell:
-    return Cell(missing()) if rate.rate is None else _name("yes" if rate.rate <= limit else "no")
+def _within_cell(refused: Rate, limit: float) -> Cell:
+    expected = expected_over_refusal(refused)
+    return Cell(missing()) if expected is None else _name("yes" if expected <= limit else "no")
 
 
 def _row_by_set(metrics: PolicyMetrics) -> Iterable[tuple[PolicyRow, str, SetRates]]:
