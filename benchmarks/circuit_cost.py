@@ -9,15 +9,17 @@ number of pairs (flat is wanted), and over depth and width on random models. Flo
                  forward, of which the frozen weights' own gradients are not needed: 1)
     bytes        the weights once a pass and batch
 
-Training step (batch 8, κ = 15 % of the neurons): slices alone against a step whose FFN output weights are parameters and
-whose gradients are masked (`masked`), which is how the method reads when it is written down first. Both learn the same
-openings, padded or packed alike; the order alternates. `state` is what a step keeps: parameters, gradients, Adam's two
-moments.
+Training step (batch 8, κ = 15 % of the neurons): slices alone, against a step that has the FFN output weights as
+parameters (`masked`), and one that has all weights (`whole`, full fine-tuning), both with the gradients outside the circuit
+set to zero, which is how the method reads when it is written down first. All learn the same openings, padded or packed
+alike; the order alternates. `beyond` is the peak of resident memory beyond the loaded model over two steps and what they
+keep (parameters, gradients, Adam's two moments, activations), each way in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import subprocess
@@ -26,11 +28,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from paired import machine, machine_line, model_size, ratio_over_rounds, rotated_rounds
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--quick", action="store_true", help="smoke test: 2 pairs, one shape, one round")
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "PAIRS"), help=argparse.SUPPRESS)
+    parser.add_argument("--step-worker", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.quick:
         args.pairs, args.shapes, args.rounds = [2], ["2x64"], 1
@@ -68,12 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker is not None:
         print(json.dumps(attribution(args.worker[0], int(args.worker[1]))))
         return 0
+    if args.step_worker is not None:
+        print(json.dumps(step_memory(args.model, args.step_worker)))
+        return 0
     backbone = load_backbone(args.model)
     report = {
         "machine": machine(backbone),
-        "over_pairs": [in_own_process(args, args.model, n) for n in args.pairs],
-        "over_shapes": [in_own_process(args, shape, args.pairs[0]) for shape in args.shapes],
+        "over_pairs": [in_own_process(args, "--worker", args.model, str(n)) for n in args.pairs],
+        "over_shapes": [in_own_process(args, "--worker", shape, str(args.pairs[0])) for shape in args.shapes],
         "step": steps(backbone, args.rounds),
+        "step_memory": {w: in_own_process(args, "--model", args.model, "--step-worker", w) for w in WAYS},
     }
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -84,19 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 # --- attribution ---
 
 
-def in_own_process(args: argparse.Namespace, model: str, n_pairs: int) -> dict:
+def in_own_process(args: argparse.Namespace, *asked: str) -> dict:
     """Peak memory is a property of a process; this one has others' peaks behind it."""
-    print(f"attribution: {model}, {n_pairs} pairs", file=sys.stderr)
+    print(" ".join(asked), file=sys.stderr)
     threads = ["--threads", str(args.threads)] if args.threads is not None else []
-    command = [sys.executable, __file__, *threads, "--worker", model, str(n_pairs)]
+    command = [sys.executable, __file__, *threads, *asked]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def attribution(model: str, n_pairs: int) -> dict:
     backbone = shaped(model) if model[0].isdigit() else load_backbone(model)
-    weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
-    for p in backbone.model.parameters():
-        p.data = p.data.clone()  # out of the mapped file, whose pages would count as read
+    weights = out_of_the_file(backbone)
     pairs, config = starter_pairs(n_pairs), AttributionConfig()
     j = objective(references(backbone, pairs[:8], openings()))
     start = time.perf_counter()
@@ -113,6 +118,13 @@ def attribution(model: str, n_pairs: int) -> dict:
         "peak_over_model": (weights + max(beyond)) / weights,
         "operations": (2 + 3 * config.steps) * 2 * model_size(backbone).linear * tokens,
     }
+
+
+def out_of_the_file(backbone: Backbone) -> int:
+    """Bytes of the weights, which are then in memory: pages of a mapped file would count as they are read."""
+    for p in backbone.model.parameters():
+        p.data = p.data.clone()
+    return sum(p.numel() * p.element_size() for p in backbone.model.parameters())
 
 
 @contextmanager
@@ -164,24 +176,23 @@ def starter_pairs(n: int) -> list[Pair]:
 
 
 def steps(backbone: Backbone, rounds: int) -> dict:
-    projections = ffn_outputs(backbone)
-    scores = {layer: torch.rand(p.weight.shape[1]) for layer, p in projections.items() if layer}
-    mask = choose(scores, "neurons", 0.15)
-    rows = opening_examples(backbone, [p.harmful for p in starter_pairs(8)], openings().refusal, seed=0)
+    mask, rows = some_circuit(backbone), some_rows(backbone)
     result = {}
     for packing in (False, True):
-        ways = {"slices": slice_step(backbone, mask, rows, packing), "masked": masked_step(backbone, mask, rows, packing)}
-        for step, _ in ways.values():
+        ways = {name: make(backbone, mask, rows, packing) for name, make in WAYS.items()}
+        for step in ways.values():
             step()
         times: dict[str, list[float]] = {name: [] for name in ways}
         for order in rotated_rounds(list(ways), rounds):
             for name in order:
                 start = time.perf_counter()
-                ways[name][0]()
+                ways[name]()
                 times[name].append(time.perf_counter() - start)
         result["packed" if packing else "padded"] = {
-            "slices_over_masked": asdict(ratio_over_rounds(times["slices"], times["masked"])),
-            "state_mib": {name: size / MIB for name, (_, size) in ways.items()},
+            **{
+                f"slices_over_{name}": asdict(ratio_over_rounds(times["slices"], times[name]))
+                for name in ("masked", "whole")
+            },
             "seconds": times,
         }
         backbone.model.requires_grad_(False)
@@ -191,7 +202,27 @@ def steps(backbone: Backbone, rounds: int) -> dict:
     return result
 
 
-def slice_step(backbone: Backbone, mask: Mask, rows: list[Example], packing: bool) -> tuple[Callable[[], None], int]:
+def step_memory(model: str, way: str) -> dict:
+    backbone = load_backbone(model)
+    weights = out_of_the_file(backbone)
+    mask, rows = some_circuit(backbone), some_rows(backbone)
+    with watched_memory() as beyond:
+        step = WAYS[way](backbone, mask, rows, False)
+        step()
+        step()  # with Adam's moments there
+    return {"model_mib": weights / MIB, "beyond_model_mib": max(beyond) / MIB}
+
+
+def some_circuit(backbone: Backbone) -> Mask:
+    scores = {layer: torch.rand(p.weight.shape[1]) for layer, p in ffn_outputs(backbone).items() if layer}
+    return choose(scores, "neurons", 0.15)
+
+
+def some_rows(backbone: Backbone) -> list[Example]:
+    return opening_examples(backbone, [p.harmful for p in starter_pairs(8)], openings().refusal, seed=0)
+
+
+def slice_step(backbone: Backbone, mask: Mask, rows: list[Example], packing: bool) -> Callable[[], None]:
     projections = ffn_outputs(backbone)
     changes = {
         layer: nn.Parameter(torch.zeros(projections[layer].weight.shape[0], len(chosen)))
@@ -205,10 +236,10 @@ def slice_step(backbone: Backbone, mask: Mask, rows: list[Example], packing: boo
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-    return step, kept(changes.values())
+    return step
 
 
-def masked_step(backbone: Backbone, mask: Mask, rows: list[Example], packing: bool) -> tuple[Callable[[], None], int]:
+def masked_step(backbone: Backbone, mask: Mask, rows: list[Example], packing: bool) -> Callable[[], None]:
     """The FFN output weights are parameters, kept in float32 beside the model's own for Adam, gradients masked."""
     weights = {layer: p.module.weight for layer, p in ffn_outputs(backbone).items() if layer in mask.channels}
     masters = {layer: nn.Parameter(w.detach().float()) for layer, w in weights.items()}
@@ -228,11 +259,31 @@ def masked_step(backbone: Backbone, mask: Mask, rows: list[Example], packing: bo
         for layer, w in weights.items():
             w.data.copy_(masters[layer].data)
 
-    return step, kept(masters.values())
+    return step
 
 
-def kept(parameters: Sequence[Tensor]) -> int:
-    return sum(4 * p.numel() * p.element_size() for p in parameters)
+def whole_step(backbone: Backbone, mask: Mask, rows: list[Example], packing: bool) -> Callable[[], None]:
+    """All weights are parameters, in float32 under bfloat16 autocast as full fine-tuning has them, gradients masked."""
+    model = copy.deepcopy(backbone.model).float().requires_grad_(True)
+    student = replace(backbone, model=model)
+    circuit = {id(p.module.weight): mask.index(layer) for layer, p in ffn_outputs(student).items() if layer in mask.channels}
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            answer_cross_entropy(student, rows, packing=packing).backward()
+        for p in model.parameters():
+            if id(p) in circuit:
+                p.grad.mul_(torch.zeros_like(p).index_fill_(1, circuit[id(p)], 1.0))
+            else:
+                p.grad.zero_()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
+WAYS = {"slices": slice_step, "masked": masked_step, "whole": whole_step}
 
 
 def as_text(report: dict) -> str:
@@ -246,12 +297,15 @@ def as_text(report: dict) -> str:
     lines += ["", "training step, batch 8"]
     for name in ("padded", "packed"):
         found = report["step"][name]
-        ratio, state = found["slices_over_masked"], found["state_mib"]
-        lines.append(
-            f"  {name}: slices / masked time {ratio['median']:.2f} [{ratio['least']:.2f}, {ratio['greatest']:.2f}], "
-            f"state {state['slices']:.0f} against {state['masked']:.0f} MiB ({state['slices'] / state['masked']:.2f}x)"
-        )
+        for other in ("masked", "whole"):
+            ratio = found[f"slices_over_{other}"]
+            lines.append(
+                f"  {name}: slices / {other} time {ratio['median']:.2f} [{ratio['least']:.2f}, {ratio['greatest']:.2f}]"
+            )
     ratio = report["step"]["packed_over_padded"]
+    memory = {way: found["beyond_model_mib"] for way, found in report["step_memory"].items()}
+    for way, found in memory.items():
+        lines.append(f"  {way}, padded: {found:.0f} MiB beyond the model (slices {memory['slices'] / found:.2f}x of it)")
     lines.append(f"  packed / padded time {ratio['median']:.2f} [{ratio['least']:.2f}, {ratio['greatest']:.2f}]")
     return "\n".join(lines)
 
