@@ -77,6 +77,18 @@ def test_the_command_takes_either_kind_of_run(run, tasks, tmp_path):
     shown = CliRunner().invoke(cli.app, arguments)
     assert shown.exit_code == 0, shown.output
     assert "tiny_choice: c-delta-theta\n" in shown.output and "acc %, n=8: base " in shown.output
+    evaluate(folder, Means.default(), against=["as", "random"], judge=WordJudge())
+    shown = CliRunner().invoke(cli.app, [*arguments, "--against", "as", "--against", "random"])
+    assert shown.exit_code == 0, shown.output
+    assert "tiny_choice: as\n" in shown.output and "tiny_choice: random\n" in shown.output
+    assert {p.name for p in (folder / FOLDER).glob("*choice*")} >= {
+        f"tiny_choice.{r}.json" for r in ("base", "as", "random")
+    }
+    asked = Answers.model_validate_json((folder / FOLDER / "tiny_choice.random.json").read_text())
+    base = Answers.model_validate_json((folder / FOLDER / "tiny_choice.base.json").read_text())
+    assert [q.prompt for q in asked.questions] == [q.prompt for q in base.questions] and asked.questions != base.questions
+    unknown = CliRunner().invoke(cli.app, [*arguments, "--against", "cast"])
+    assert unknown.exit_code == 1 and "cast was not measured in" in unknown.output.replace("\n", " ")
     refused = CliRunner().invoke(cli.app, [*arguments, "--policy", "closed"])
     assert refused.exit_code == 1 and "no --policy gates it" in refused.output.replace("\n", " ")
     with pytest.raises(RunError, match="paving circuit edit"):

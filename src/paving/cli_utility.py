@@ -24,6 +24,9 @@ def utility(
     policy: Annotated[
         str | None, typer.Option(help="Another gate policy: soft, hard, conformal:0.05, closed, open ...")
     ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Of a circuit run: also these rows that it was evaluated against.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat/--plain", help="Ask in the model's chat template, or in bare text.")] = True,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     force: Annotated[bool, typer.Option(help="Replace answers that were asked otherwise before.")] = False,
@@ -42,10 +45,13 @@ def utility(
     if not names:
         raise ValueError("--tasks names no task. Write for example: --tasks mmlu,gsm8k")
     measure = controller_utility if policy is None else partial(controller_utility, policy=policy)
-    if (folder / "circuit.json").exists():
+    is_circuit = (folder / "circuit.json").exists()
+    if is_circuit:
         if policy is not None:
             raise ValueError(f"{folder} is a circuit run: its edit stands in the weights, and no --policy gates it.")
-        measure = circuit_run.utility
+        measure = partial(circuit_run.utility, against=against or ())
+    elif against:
+        raise ValueError(f"{folder} is a controller's run: --against is for circuit runs; see paving compare.")
     with live_progress(err, quiet=as_json) as (stage, watch, note):
         means = Means.default(device=device, trust_remote_code=trust_remote_code, stage=stage, watch=watch, say=note)
         found = measure(
@@ -56,7 +62,7 @@ def utility(
         print(found.model_dump_json(indent=1))
         return
     for task in found.tasks:
-        print_task(task, gated=measure is not circuit_run.utility)
+        print_task(task, gated=not is_circuit)
     say(f"answers: {folder / FILE}")
 
 

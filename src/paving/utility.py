@@ -60,11 +60,11 @@ def utility(
     if policy == "oracle":
         raise RunError("benchmark questions have no bucket for the oracle gate; use the deployed gate, closed or open.")
 
-    def edited(backbone: Backbone) -> Row:
+    def edited(backbone: Backbone) -> list[Row]:
         controller = load_controller(folder / "controller", backbone)
         if policy is not None:
             controller = controller.with_policy(controller.policy_named(policy))
-        return Row(row_name(controller), controller, controller_state(folder, controller))
+        return [Row(row_name(controller), controller, controller_state(folder, controller))]
 
     settings = Settings(limit=limit, fewshot=fewshot, chat=chat, seed=config.training.seed, batch_size=batch_size)
     found = base_and_edited(
@@ -79,7 +79,7 @@ def base_and_edited(
     folder: Path,
     tasks: Sequence[str],
     means: Means,
-    edited: Callable[[Backbone], Row],
+    edited: Callable[[Backbone], Sequence[Row]],
     *,
     model: str,
     dtype: str,
@@ -87,7 +87,7 @@ def base_and_edited(
     include: Sequence[Path] = (),
     force: bool = False,
 ) -> Utility:
-    """Ask every task of the base and of the edited row, and write `folder`/utility.json.
+    """Ask every task of the base and of every edited row, and write `folder`/utility.json.
 
     tasks    names that lm-evaluation-harness knows, or task files
     include  folders with further task files
@@ -102,8 +102,7 @@ def base_and_edited(
     loaded = [harness.load_tasks(name, include, settings.fewshot) for name in dict.fromkeys(tasks)]
     backbone = means.load(model, dtype)
     base = f"{backbone.fingerprint}/{backbone.dtype}"
-    row = edited(backbone)
-    rows = (Row(BASE, Identity(), base), row._replace(state=f"{base}/{row.state}"))
+    rows = (Row(BASE, Identity(), base), *(row._replace(state=f"{base}/{row.state}") for row in edited(backbone)))
     known = known_answers(folder, loaded, rows, settings, harness, force=force)
     for name, subtasks in loaded:
         answers: dict[str, list[Answers]] = {row.name: [] for row in rows}
@@ -118,7 +117,8 @@ def base_and_edited(
                     path = answers_path(folder, subtask, row.name)
                     write_text(path, known[subtask, row.name].model_dump_json(indent=1))
                 answers[row.name].append(known[subtask, row.name])
-        found = with_task(found, compare_task(name, *answers.values()))
+        for row in rows[1:]:
+            found = with_task(found, compare_task(name, answers[BASE], answers[row.name]))
         write_text(folder / FILE, found.model_dump_json(indent=1))
     return found
 

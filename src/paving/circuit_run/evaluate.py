@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from paving.backbone import Backbone, PromptBatch
+from paving.backbone import Backbone
 from paving.circuit.delta import Delta, with_metrics
 from paving.circuit.delta_files import load_delta, save_delta, weights_sha256
-from paving.circuit.pairs import Pair
-from paving.circuit_run.config import CircuitConfig
+from paving.circuit_run.fitting import Deferred, Fitting, points_of, recipe_key
 from paving.circuit_run.folder import load_circuit, read_circuit_config
 from paving.circuit_run.inputs import held_out_sets, run_pairs, set_name
-from paving.circuit_run.rows import COMPARATORS, Comparator, Fitted, comparator
-from paving.circuit_run.stages import judged_by, kept_strengths, read_strengths, strengths_of
+from paving.circuit_run.rows import COMPARATORS, comparator
+from paving.circuit_run.stages import judged_by, read_strengths
 from paving.evaluation.judges import Judge
 from paving.evaluation.refusal_policy import (
     BENIGN,
@@ -31,13 +29,12 @@ from paving.evaluation.refusal_policy import (
 from paving.evaluation.statistics import wilson
 from paving.evaluation.three_way import Protocol, RowSpec
 from paving.evaluation.utility import read_utility
-from paving.intervention import Applied, Identity, Intervention
+from paving.intervention import Identity, Intervention
 from paving.report import write_circuit_report
 from paving.run import Means
 from paving.run_folder import RunError, write_text
 from paving.run_records import examples_of
-from paving.traces.store import TraceStore
-from paving.training.strength import Keep, StrengthPoint, choose_strength
+from paving.training.strength import StrengthPoint, choose_strength
 
 EDIT = "c-delta-theta"
 
@@ -98,12 +95,12 @@ def evaluate(
             found = {**other.description.metrics, **card_metrics(row, composed=True)}
             save_delta(with_metrics(other, found), path, overwrite=True)
     for other in others:
-        fitting = _Fitting(other, backbone, config, train, folder, means)
-        points = _points(fitting, calibration, judge, curve[0])
+        fitting = Fitting(other, backbone, config, train, folder, means)
+        points = points_of(fitting, calibration, judge, curve[0])
         best = choose_strength(points, config.strength.limit)
         frontier[other.name] = frontier_points(points, best and best.strength)
         if best is not None:
-            edit, key = _Deferred(other.name, best.strength, fitting), _recipe_key(config, other.name, best.strength)
+            edit, key = Deferred(other.name, best.strength, fitting), recipe_key(config, other.name, best.strength)
             rows.append(measure.row(edit, "comparator", best.strength, key))
     metrics = PolicyMetrics(
         run=folder.name,
@@ -210,51 +207,6 @@ class _Rows:
         )
         self.base = self.base or labels
         return row
-
-
-class _Fitting:
-    """A comparator, fitted when first asked for: not at all where everything it would answer is on disk."""
-
-    def __init__(
-        self, other: Comparator, backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means
-    ):
-        self.name, self.backbone, self.config, self.folder, self.means = other.name, backbone, config, folder, means
-        self._fit = lambda: other.fit(backbone, config, train, folder, means)
-
-    @cached_property
-    def fitted(self) -> Fitted:
-        self.means.say(f"fitting {self.name}")
-        return self._fit()
-
-
-@dataclass(frozen=True)
-class _Deferred:
-    """A fitted comparator at one strength, as an intervention."""
-
-    name: str
-    strength: float
-    fitting: _Fitting
-
-    def apply(self, backbone: Backbone, batch: PromptBatch) -> AbstractContextManager[Applied]:
-        return self.fitting.fitted.at(self.strength).apply(backbone, batch)
-
-
-def _points(
-    fitting: _Fitting, calibration: Sequence[Pair], judge: Judge | None, base: StrengthPoint
-) -> Sequence[StrengthPoint]:
-    """The comparator on the calibration pairs, strength by strength; kept in comparators/NAME.json."""
-
-    def measure(known: Sequence[StrengthPoint], keep: Keep) -> Sequence[StrengthPoint]:
-        found, config, means = fitting.fitted, fitting.config, fitting.means
-        known = (base, *known)
-        return strengths_of(fitting.backbone, config, calibration, found.at, found.strengths, means, judge, known, keep)
-
-    path = fitting.folder / "comparators" / f"{fitting.name}.json"
-    return kept_strengths(path, judged_by(fitting.config, judge), measure)
-
-
-def _recipe_key(config: CircuitConfig, name: str, strength: float) -> str:
-    return TraceStore.key(config=config.model_dump(mode="json"), row=name, strength=strength)
 
 
 def frontier_points(points: Sequence[StrengthPoint], chosen: float | None) -> list[FrontierPoint]:
