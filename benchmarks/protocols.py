@@ -72,7 +72,7 @@ def paper(data: Path, out: Path, organism: Path, seed: int, controller: Controll
         model=str(organism),
         edit=str(salad),
         benign=str(alpaca),
-        harmful=str(data / "harmbench.jsonl"),
+        harmful=str(sourced(data / "harmbench.jsonl", "category", out / "harmbench-sourced.jsonl")),
         split_seed=seed,
         sizes=SplitSizes(
             # More edit prompts than the protocol asks for: two filters (base refuses, target is usable) take a third away.
@@ -93,7 +93,7 @@ def same_source(data: Path, out: Path, organism: Path, seed: int, controller: Co
         model=str(organism),
         edit=f"{data / 'xstest.jsonl'}?label=safe",
         benign=str(alpaca),
-        harmful=f"{data / 'xstest.jsonl'}?label=unsafe",
+        harmful=f"{sourced(data / 'xstest.jsonl', 'type', out / 'xstest-sourced.jsonl')}?label=unsafe",
         split_seed=seed,
         sizes=SplitSizes(benign_keep=BucketSizes(train=90, calibration=30, held_out=60)),
         targets_from=EMBEDDED,
@@ -119,6 +119,14 @@ def without(source: Path, ids: set[str], target: Path) -> Path:
     """A copy of a prompt file without the given ids (working files stay in the output folder)."""
     lines = [x for x in source.read_text(encoding="utf-8").splitlines() if json.loads(x)["id"] not in ids]
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return target
+
+
+def sourced(source: Path, field: str, target: Path) -> Path:
+    """A copy of a prompt file whose `source` is this field, as readers of the public data sets have it: RepIt's concepts."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    text = "".join(json.dumps({**row, "source": row[field]}, ensure_ascii=False) + "\n" for row in rows)
+    target.write_text(text, encoding="utf-8")
     return target
 
 

@@ -48,7 +48,8 @@ def test_every_entry_is_measured(setting, evaluated, tmp_path, monkeypatch):
     assert measured >= {m.name for m in METHODS}
     told = {m.name: m.note for m in found.methods}
     assert "published limit" in told["dim-ablation"] and "published limit" in told["rdo"]
-    assert any("published limit" in note for r in found.rows if r.method == "repit" for note in r.notes)
+    assert any("non-target concepts" in note for r in found.rows if r.method == "repit" for note in r.notes)
+    assert all("block " in told[name] for name in ("caa", "caa-mean", "act-add"))
     assert {r.variant for r in found.rows if r.method == "cast"} == {"global", "own", "oracle"}
 
 

@@ -235,11 +235,11 @@ def test_scores_that_are_no_numbers_are_never_chosen():
 def test_passes_that_cannot_change_the_choice_are_left_out(llama, material):
     rows = []
     with record_residuals(llama, [0], keep=lambda resid: rows.append(len(resid))), pytest.raises(SteeringError):
-        fit_dim(llama, material, DimConfig(kl_limit=0.0))
+        fit_dim(llama, material, DimConfig(kl_limit=0.0, told_apart=False))
     assert sum(rows) == 2 * 7 + 7 + 6 * 7  # training keeps, benign calibration prompts, and these once a direction
     rows.clear()
     with record_residuals(llama, [0], keep=lambda resid: rows.append(len(resid))):
-        fit_dim(llama, material, DimConfig(calibration_prompts=4, last_positions=1, layer_step=2, **WIDE))
+        fit_dim(llama, material, DimConfig(calibration_prompts=4, last_positions=1, layer_step=2, told_apart=False, **WIDE))
     assert sum(rows) == 2 * 7 + 4 + 2 * 3 * 4  # two layers, one token, three scores
 
 
@@ -281,3 +281,25 @@ def test_limits_are_widened_only_where_it_was_asked_for_and_the_result_says_how_
     mute = fit_dim(llama, material, DimConfig(**{**tight, "kl_limit": 1e6, "induced_limit": 1e6}, widen=True))
     assert mute.limits.induced == -math.inf and mute.limits.kl == 1e6
     assert (mute.chosen.layer, mute.chosen.position) == _chosen_by_loop(scores, 1e6, -math.inf)
+
+
+def test_directions_are_read_of_prompts_that_the_base_tells_apart(llama, material, monkeypatch):
+    """As the published code filters them. Where too few would be left, a bucket is read whole, and it is said."""
+    harmful, benign = (material.of(SplitName.TRAIN, b) for b in (Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP))
+    wrong = {harmful[0].id: -1.0, benign[1].id: 2.0, material.of(SplitName.CALIBRATION, Bucket.BENIGN_KEEP)[0].id: 3.0}
+
+    def scores(_backbone, prompts, *_args, **_kwargs):
+        return {p.id: wrong.get(p.id, -1.0 if p.bucket is Bucket.BENIGN_KEEP else 1.0) for p in prompts}
+
+    monkeypatch.setattr("paving.steering.dim.prompt_scores", scores)
+    found = fit_dim(llama, material, DimConfig(fewest=5, **WIDE))
+    assert found.read == {"harmful_keep": (6, 6, 7), "benign_keep": (6, 6, 7)}
+    place = (found.chosen.layer, found.chosen.position)
+    kept = [p for p in (*harmful, *benign) if p.id not in wrong]
+    means = [
+        torch.stack([state_alone(llama, render_ids(llama, p.text), *place) for p in kept if p.bucket is bucket]).mean(0)
+        for bucket in (Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP)
+    ]
+    torch.testing.assert_close(found.direction, means[0] - means[1], atol=1e-4, rtol=1e-4)
+    whole = fit_dim(llama, material, DimConfig(fewest=7, **WIDE))
+    assert whole.read == {"harmful_keep": (7, 6, 7), "benign_keep": (7, 6, 7)}

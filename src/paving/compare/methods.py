@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
 
 from paving.compare.workshop import Workshop
 from paving.evaluation.comparison import BASE, OWN
-from paving.prompts.types import Bucket, SplitName
-from paving.steering.act_add import fit_act_add
+from paving.steering.act_add import ActAddConfig, fit_act_add
 from paving.steering.caa import CaaConfig, fit_caa
 from paving.steering.cast import AnswerCast, fit_answer_cast
 from paving.steering.rdo import RDOConfig, fit_rdo
 from paving.steering.repit import fit_repit
+from paving.steering.repit_place import PlaceConfig
 from paving.steering.steered import Editor, Routing
 from paving.steering.weight_steering import WeightEditor, WeightSteeringConfig, fit_answer_weights
 from paving.steering.wrmd import fit_wrmd
@@ -85,17 +88,33 @@ def check_variants(names: Sequence[str], chosen: Sequence[Method]) -> None:
 # --- the entries ------------------------------------------------------------------------------------------------
 
 
-def _caa(shop: Workshop) -> Editor:
-    return fit_caa(shop.backbone, shop.material, tick=_two_answers(shop, "CAA")).editor()
+Extraction = Literal["mean", "pca_pairwise"]
 
 
-def _caa_mean(shop: Workshop) -> Editor:
-    config = CaaConfig(extraction="mean")
-    return fit_caa(shop.backbone, shop.material, config, tick=_two_answers(shop, "CAA, mean")).editor()
+def _caa(shop: Workshop) -> Noted:
+    return _answer_vector(shop, "CAA", lambda layer, states: _caa_at(shop, layer, states, "pca_pairwise"))
 
 
-def _act_add(shop: Workshop) -> Editor:
-    return fit_act_add(shop.backbone, shop.material, tick=_two_answers(shop, "ActAdd")).editor()
+def _caa_mean(shop: Workshop) -> Noted:
+    return _answer_vector(shop, "CAA, mean", lambda layer, states: _caa_at(shop, layer, states, "mean"))
+
+
+def _act_add(shop: Workshop) -> Noted:
+    def at(layer: int, states: tuple[Tensor, Tensor]) -> Editor:
+        return fit_act_add(shop.backbone, shop.material, ActAddConfig(layer=layer), states=states).editor()
+
+    return _answer_vector(shop, "ActAdd", at)
+
+
+def _caa_at(
+    shop: Workshop, layer: int, states: tuple[Tensor, Tensor], extraction: Literal["mean", "pca_pairwise"]
+) -> Editor:
+    return fit_caa(shop.backbone, shop.material, CaaConfig(layer=layer, extraction=extraction), states=states).editor()
+
+
+def _answer_vector(shop: Workshop, what: str, at: Callable[[int, tuple[Tensor, Tensor]], Editor]) -> Noted:
+    found = shop.best_block(what, at)
+    return Noted(at(found.layer, shop.answer_states[found.layer]), f"block {found.layer} of {len(found.margins)} tried")
 
 
 def _rdo(shop: Workshop) -> Editor:
@@ -111,11 +130,15 @@ def _rdo(shop: Workshop) -> Editor:
     return Noted(found.editor(), "; ".join(filter(None, (step, shop.dim_note))))
 
 
-def _repit(shop: Workshop) -> Editor:
-    where = shop.dim.chosen
+def _repit(shop: Workshop) -> Noted:
+    where, published = shop.repit_place, PlaceConfig().kl_limit
     found = fit_repit(shop.backbone, shop.material, shop.no_longer_refused, layer=where.layer, position=where.position)
     kept = "" if found.within_limit else ", the least non-target success: no ρ keeps to its limit"
-    return Noted(found, "; ".join(filter(None, (f"ρ {found.rho:g}{kept}", shop.dim_note))))
+    place = f"block {where.layer}, token {where.position}, KL {where.kl:.2f}"
+    widened = f"no place keeps to the published limit (KL {published:g}); chosen under {where.limit:g}"
+    concepts = f"{len(found.concepts)} non-target concepts"
+    said = [f"ρ {found.rho:g}{kept}", place, concepts, *([widened] if where.limit > published else [])]
+    return Noted(found, "; ".join(said))
 
 
 def _wrmd(shop: Workshop) -> Editor:
@@ -127,36 +150,36 @@ def _cast(shop: Workshop) -> AnswerCast:
 
 
 def _ws(shop: Workshop) -> Editor:
-    config = WeightSteeringConfig(epochs=2, seed=shop.material.seed)
+    # Three times the rate for a quarter of the epochs: at 1e-5 two epochs are lost in the rounding of bfloat16 weights.
+    config = WeightSteeringConfig(epochs=2, learning_rate=3e-5, seed=shop.material.seed)
     return WeightEditor(fit_answer_weights(shop.backbone, shop.material, config, say=shop.say))
 
 
-def _two_answers(shop: Workshop, what: str):
-    return shop.stage(f"{what}: answers read", 2 * len(shop.material.of(SplitName.TRAIN, Bucket.EDIT)))
-
-
-PROJECTION = (0.5, 1.0)  # nothing is left to take away beyond 1
+# Ablation acts at three points of every block: behind thirty, 0.02 leaves a sixth of the component, and 0.5 nothing.
+EVERYWHERE = (0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
+ONE_BLOCK = (0.25, 0.5, 0.75, 1.0)  # nothing is left to take away beyond 1
 RECONSTRUCTED = "reconstructed from a description"
+SEARCHED = "its block is searched by us on calibration prompts"
 
 METHODS = (
-    Method("caa", _caa, note="PCA of pairwise differences; its layer is ours (two fifths of the depth)"),
-    Method("caa-mean", _caa_mean, note="mean difference; its layer is ours (two fifths of the depth)"),
-    Method("act-add", _act_add, note=f"{RECONSTRUCTED} (tables 7 and 18); its layer is ours"),
-    Method("dim-ablation", lambda shop: Noted(shop.dim.ablation(), shop.dim_note), PROJECTION, version=2),
+    Method("caa", _caa, note=f"PCA of pairwise differences; {SEARCHED}", version=2),
+    Method("caa-mean", _caa_mean, note=f"mean difference; {SEARCHED}", version=2),
+    Method("act-add", _act_add, note=f"{RECONSTRUCTED} (tables 7 and 18); {SEARCHED}", version=2),
+    Method("dim-ablation", lambda shop: Noted(shop.dim.ablation(), shop.dim_note), EVERYWHERE, version=3),
     Method(
         "dim-act-sub", lambda shop: Noted(shop.dim.act_sub(), shop.dim_note),
-        note="refusal-direction ActAdd at coefficient -1 is the same", version=2,
+        note="refusal-direction ActAdd at coefficient -1 is the same", version=3,
     ),
     Method(
         "orthogonal", lambda shop: Noted(shop.dim.orthogonal(), shop.dim_note), (1.0,), ("global",),
-        note="an edit of weights: all rows alike", version=2,
+        note="an edit of weights: all rows alike", version=3,
     ),
-    Method("rdo", _rdo, PROJECTION, note="100 steps; targets are edit targets", version=2),
-    Method("repit", _repit, PROJECTION, note="layer and token are DIM's; rho by the first token of the answer", version=2),
-    Method("wrmd", _wrmd, (0.25, *SCALES[:4]), note=f"{RECONSTRUCTED}; confidence is the base's first-token probability"),
+    Method("rdo", _rdo, EVERYWHERE, note="100 steps; targets are edit targets", version=3),
+    Method("repit", _repit, ONE_BLOCK, note="place and rho by the first token of the answer, not by COSMIC", version=3),
+    Method("wrmd", _wrmd, (0.25, *SCALES), note=f"{RECONSTRUCTED}; confidence is the base's first-token probability"),
     Method(
-        "cast", _cast, (0.05, 0.1, 0.2, 0.4, 0.8), ("global", OWN_ROUTING, "oracle"),
+        "cast", _cast, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), ("global", OWN_ROUTING, "oracle"),
         note="towards edit targets; own: its condition, edit prompts against keeps", own=lambda editor: editor.condition,
     ),
-    Method("ws", _ws, SCALES[:4], ("global",), note="two epochs; an edit of weights: all rows alike", version=2),
+    Method("ws", _ws, SCALES, ("global",), note="two epochs at 3e-5; an edit of weights: all rows alike", version=3),
 )  # fmt: skip

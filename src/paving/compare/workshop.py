@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
-from paving.backbone import Backbone, checked_ids, render_batch
-from paving.generation import batches_by_length
+from paving.backbone import Backbone
 from paving.prompts.types import Bucket, Prompt, SplitName
+from paving.steering.answer_pairs import AnswerPairsConfig, states_of_answers
+from paving.steering.best_block import BestBlock, best_block
 from paving.steering.checks import SteeringError
 from paving.steering.dim import Dim, DimConfig, fit_dim
 from paving.steering.material import Material
-from paving.steering.refusal_score import RefusalTokens, refusal_scores, refusal_tokens
+from paving.steering.refusal_score import RefusalTokens, prompt_scores, refusal_tokens
+from paving.steering.repit_place import Place, best_place
 from paving.steering.steered import Editor
-from paving.traces.forward import next_token_logits
 from paving.training.prepare import Stage
 
 
@@ -43,15 +45,21 @@ class Workshop:
 
     @property
     def dim_note(self) -> str:
-        """Empty where the direction keeps to the published limits."""
+        """Empty where the direction keeps to the published limits, and was read of prompts that the base tells apart."""
         held, published = self.dim.limits, DimConfig().limits()
+        whole = [
+            f"read of all {n} {bucket.replace('_', ' ')}s, of which the refusal score tells {wanted} as wanted"
+            for bucket, (read, wanted, n) in self.dim.read.items()
+            if read > wanted
+        ]
         if held == published:
-            return ""
+            return "; ".join(whole)
         induced = "" if held.induced == published.induced else ", and none on induced refusal,"
-        return (
+        widened = (
             f"no direction keeps to DIM's published limit (KL {published.kl:g} on benign prompts); chosen under {held.kl:g}"
             f"{induced} instead: block {self.dim.chosen.layer}, KL {self.dim.chosen.kl:.2f}"
         )
+        return "; ".join([widened, *whole])
 
     @cached_property
     def _dim(self) -> Dim | SteeringError:
@@ -62,24 +70,34 @@ class Workshop:
             return error
 
     @cached_property
+    def repit_place(self) -> Place:
+        """raises SteeringError where no place keeps to any limit"""
+        return best_place(self.backbone, self.material, self.refusals_begin_with, stage=self.stage)
+
+    @cached_property
+    def answer_states(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Block -> (safe reframes, refusals), each (n_pairs, d_model): of every other block in the middle three fifths."""
+        layers = range(self.backbone.n_layers // 5, 4 * self.backbone.n_layers // 5, 2)
+        tick = self.stage("answers read", 2 * len(self.material.of(SplitName.TRAIN, Bucket.EDIT)))
+        config = AnswerPairsConfig()
+        both = states_of_answers(self.backbone, self.material, layers, config, tick=tick)
+        return {layer: (both[0][:, i], both[1][:, i]) for i, layer in enumerate(layers)}
+
+    def best_block(self, what: str, editor_at: Callable[[int, tuple[Tensor, Tensor]], Editor]) -> BestBlock:
+        """The block for an answer vector. editor_at: (block, its states) -> what would be added there"""
+        states = self.answer_states
+        return best_block(
+            self.backbone, self.material, lambda layer: editor_at(layer, states[layer]), states,
+            answer_tokens=AnswerPairsConfig().answer_tokens, tick=self.stage(f"{what}: blocks", len(states)),
+        )  # fmt: skip
+
+    @cached_property
     def refusals_begin_with(self) -> RefusalTokens:
         return refusal_tokens(self.material)
 
     def refusal_scores(self, prompts: Sequence[Prompt], editor: Editor | None = None) -> dict[str, float]:
         """Prompt id -> log-odds that its answer begins as the base's refusals do, with `editor` at strength 1 if given."""
-        found: dict[str, float] = {}
-        rows = {p.id: checked_ids(self.backbone, p) for p in prompts}
-        for chunk in batches_by_length(prompts, rows, 16):
-            batch = render_batch(self.backbone, chunk)
-            with torch.no_grad():
-                if editor is None:
-                    logits = next_token_logits(self.backbone, batch)
-                else:
-                    with editor.editing(self.backbone, batch, torch.ones(len(batch))):
-                        logits = next_token_logits(self.backbone, batch)
-            scores = refusal_scores(logits, self.refusals_begin_with.ids).tolist()
-            found |= {p.id: score for p, score in zip(chunk, scores, strict=True)}
-        return found
+        return prompt_scores(self.backbone, prompts, self.refusals_begin_with, editor)
 
     def no_longer_refused(self, editor: Editor) -> tuple[float, float]:
         """Of the calibration prompts whose refusal begins under the base: the shares of edit prompts and of harmful keeps

@@ -41,13 +41,20 @@ class ActAdd:
 
 
 def fit_act_add(
-    backbone: Backbone, material: Material, config: ActAddConfig | None = None, *, tick: Tick | None = None
+    backbone: Backbone,
+    material: Material,
+    config: ActAddConfig | None = None,
+    *,
+    states: tuple[Tensor, Tensor] | None = None,
+    tick: Tick | None = None,
 ) -> ActAdd:
     """States of the training split's edit prompts with their edit targets, and with the base's own refusals.
+
+    states  both at the configured block, where they are known: see `answer_states`
 
     raises SteeringError without both for every prompt, or where their states do not differ
     """
     config = config or ActAddConfig()
-    reframe, refusal = answer_states(backbone, material, config, tick=tick)
+    reframe, refusal = states or answer_states(backbone, material, config, tick=tick)
     vector, layer = direction(reframe, refusal, "mean"), config.layer_of(backbone)
     return ActAdd(vector, layer, config.positions, len(reframe), backbone.name, backbone.fingerprint)

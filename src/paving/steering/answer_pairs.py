@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ class AnswerPairsConfig(BaseModel):
     """What is read of the training split's edit prompts, for methods that contrast their two answers.
 
     layer          block whose output is read and edited; default: at two fifths of the depth (block 12 of 30). CAA's best
-                   layer of Llama-2-7B is 13 of 32; its authors sweep
+                   layer of Llama-2-7B is 13 of 32; its authors sweep, as `best_block` does
     answer_tokens  of both answers at most so many are read, the end of turn left out: the horizon of Residual Paving
     """
 
@@ -45,7 +46,19 @@ def answer_states(
 
     raises SteeringError where the base's own answer, or an answer's first token, is missing
     """
-    layer = config.layer_of(backbone)
+    positive, negative = states_of_answers(backbone, material, (config.layer_of(backbone),), config, tick=tick)
+    return positive[:, 0], negative[:, 0]
+
+
+def states_of_answers(
+    backbone: Backbone,
+    material: Material,
+    layers: Sequence[int],
+    config: AnswerPairsConfig,
+    *,
+    tick: Tick | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `answer_states`, of several blocks in one pass: both (n_pairs, n_layers, d_model) float32."""
     prompts = material.of(SplitName.TRAIN, Bucket.EDIT)
 
     def states(side: Literal["targets", "answers"]) -> Tensor:
@@ -60,7 +73,7 @@ def answer_states(
                 )
             rows.append([*checked_ids(backbone, prompt, room=len(answer)), *answer])
             tails.append(len(answer))
-        return tail_means(backbone, rows, tails, (layer,), batch_size=config.batch_size, tick=tick)[:, 0]
+        return tail_means(backbone, rows, tails, layers, batch_size=config.batch_size, tick=tick)
 
     with torch.no_grad():
         return states("targets"), states("answers")

@@ -39,8 +39,17 @@ class Caa:
         return Addition(self.vector, self.layer, "answer")
 
 
-def fit_caa(backbone: Backbone, material: Material, config: CaaConfig | None = None, *, tick: Tick | None = None) -> Caa:
+def fit_caa(
+    backbone: Backbone,
+    material: Material,
+    config: CaaConfig | None = None,
+    *,
+    states: tuple[Tensor, Tensor] | None = None,
+    tick: Tick | None = None,
+) -> Caa:
     """Positive: a training edit prompt and its edit target. Negative: the same prompt and the base's own refusal.
+
+    states  (positive, negative) at the configured block, where they are known: see `answer_states`
 
     CAA's own pairs are multiple-choice questions that differ in the letter of the answer, where it reads that letter's
     state; these have answers of several tokens, whose mean is read.
@@ -48,7 +57,7 @@ def fit_caa(backbone: Backbone, material: Material, config: CaaConfig | None = N
     raises SteeringError without such pairs, or where their states do not differ
     """
     config = config or CaaConfig()
-    reframe, refusal = answer_states(backbone, material, config, tick=tick)
+    reframe, refusal = states or answer_states(backbone, material, config, tick=tick)
     vector = direction(reframe, refusal, config.extraction)
     if config.extraction == "pca_pairwise":
         vector = vector * ((reframe - refusal) @ vector).mean()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -17,8 +19,10 @@ from paving.steering.dim_selection import Candidate, Limits, SelectionPrompts, c
 from paving.steering.directions import position_means, post_instruction_tokens
 from paving.steering.material import Material
 from paving.steering.orthogonal import Orthogonal
-from paving.steering.refusal_score import RefusalTokens, refusal_tokens
+from paving.steering.refusal_score import RefusalTokens, prompt_scores, refusal_tokens
 from paving.training.prepare import Stage, silent
+
+KEEPS = (Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP)
 
 
 class DimConfig(BaseModel):
@@ -32,6 +36,9 @@ class DimConfig(BaseModel):
     induced_limit        mean refusal score on benign keeps with the direction added, at least
     depth                the direction is added in front of a block within this part of the depth
     refusal_share        see `refusal_tokens`
+    told_apart           directions are read of training harmful keeps that the base refuses and of benign keeps that it does
+                         not, by the refusal score, as the published code filters its prompts, and calibration prompts are
+                         filtered alike; a bucket of which fewer than `fewest` would be left is read whole (`Dim.read`)
     widen                where no direction keeps to the limits: the KL limit is doubled until one does, and if none does at
                          64 times, that on induced refusal is dropped and the KL limit begins anew; `Dim.limits` says which
                          held. Off: that is an error, as published
@@ -46,6 +53,8 @@ class DimConfig(BaseModel):
     induced_limit: float = 0.0
     depth: float = Field(0.8, gt=0, le=1)
     refusal_share: float = Field(0.9, gt=0, le=1)
+    told_apart: bool = True
+    fewest: int = Field(16, ge=1)
     widen: bool = False
     batch_size: int = Field(16, ge=1)
 
@@ -63,6 +72,8 @@ class Dim:
     candidates  all that were scored, the chosen one among them
     limits      what it keeps to; wider than the configuration's only where `DimConfig.widen` asked for it
     tokens      what refusals are told by in the scores
+    read        bucket -> (training keeps that the direction was read of, how many of them the refusal score tells as wanted,
+                how many there are)
     """
 
     direction: Tensor
@@ -70,6 +81,7 @@ class Dim:
     candidates: tuple[Candidate, ...]
     limits: Limits
     tokens: RefusalTokens
+    read: Mapping[str, tuple[int, int, int]]
     base_name: str
     base_fingerprint: str
 
@@ -95,15 +107,16 @@ class Dim:
 def fit_dim(backbone: Backbone, material: Material, config: DimConfig | None = None, *, stage: Stage = silent) -> Dim:
     """Directions from the training split's keeps; one is chosen on the calibration split.
 
-    Reading takes one pass over each training keep, for all layers and tokens. Choosing takes, per candidate, an ablated
-    pass over the benign calibration prompts, one with the direction added where that passed, and one over the edit prompts,
-    which the base refuses, where both passed.
+    Reading takes one pass over each training keep, for all layers and tokens, and one more that tells which are read.
+    Choosing takes, per candidate, an ablated pass over the benign calibration prompts, one with the direction added where
+    that passed, and one over the edit prompts, which the base refuses, where both passed.
 
     raises SteeringError if no candidate keeps within the limits, naming how many failed each
     """
     config = config or DimConfig()
     tokens = refusal_tokens(material, config.refusal_share)
-    directions = harmful_minus_benign(backbone, material, config)
+    train = _filtered(backbone, material, SplitName.TRAIN, KEEPS, tokens, config)
+    directions = harmful_minus_benign(backbone, *(train[b].prompts for b in KEEPS), config)
     n_layers, n_positions, _ = directions.shape
     # The state behind block l is what block l + 1 reads; published layers are counted by the reader.
     layers = range(0, int(config.depth * n_layers) - 1, config.layer_step)
@@ -113,10 +126,11 @@ def fit_dim(backbone: Backbone, material: Material, config: DimConfig | None = N
             "direction could be added. Widen DimConfig.depth."
         )
     places = [(layer, position) for layer in layers for position in range(-n_positions, 0)]
+    seen = _filtered(backbone, material, SplitName.CALIBRATION, (Bucket.EDIT, Bucket.BENIGN_KEEP), tokens, config)
     prompts = SelectionPrompts.rendered(
         backbone,
-        refused=_drawn(material, Bucket.EDIT, config),
-        benign=_drawn(material, Bucket.BENIGN_KEEP, config),
+        refused=_drawn(seen[Bucket.EDIT].prompts, material.seed, config),
+        benign=_drawn(seen[Bucket.BENIGN_KEEP].prompts, material.seed, config),
         batch_size=config.batch_size,
     )
     tick = stage("DIM: directions", len(places))
@@ -129,15 +143,44 @@ def fit_dim(backbone: Backbone, material: Material, config: DimConfig | None = N
             break
     chosen = choose(candidates, limits)
     vector = directions[chosen.layer, chosen.position].clone()
-    return Dim(vector, chosen, tuple(candidates), limits, tokens, backbone.name, backbone.fingerprint)
+    read = {b.value: (len(part.prompts), part.as_wanted, part.of) for b, part in train.items()}
+    return Dim(vector, chosen, tuple(candidates), limits, tokens, read, backbone.name, backbone.fingerprint)
 
 
-def harmful_minus_benign(backbone: Backbone, material: Material, config: DimConfig) -> Tensor:
-    """(n_layers, n_positions, d_model) float32: [layer, -1] is read at the last prompt token. Training keeps only."""
-    harmful, benign = (
-        [checked_ids(backbone, p) for p in material.of(SplitName.TRAIN, bucket)]
-        for bucket in (Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP)
-    )
+class _Part(NamedTuple):
+    """prompts: those that are read; as_wanted: how many score as the bucket should; of: how many there are."""
+
+    prompts: tuple[Prompt, ...]
+    as_wanted: int
+    of: int
+
+
+def _filtered(
+    backbone: Backbone,
+    material: Material,
+    split: SplitName,
+    buckets: Sequence[Bucket],
+    tokens: RefusalTokens,
+    config: DimConfig,
+) -> dict[Bucket, _Part]:
+    """See `DimConfig.told_apart`: benign keeps are to score below 0, all others above."""
+    found = {}
+    for bucket in buckets:
+        prompts = material.of(split, bucket)
+        if not config.told_apart:
+            found[bucket] = _Part(prompts, len(prompts), len(prompts))
+            continue
+        scores = prompt_scores(backbone, prompts, tokens, batch_size=config.batch_size)
+        wanted = tuple(p for p in prompts if (scores[p.id] < 0) == (bucket is Bucket.BENIGN_KEEP))
+        found[bucket] = _Part(wanted if len(wanted) >= config.fewest else prompts, len(wanted), len(prompts))
+    return found
+
+
+def harmful_minus_benign(
+    backbone: Backbone, harmful_keeps: Sequence[Prompt], benign_keeps: Sequence[Prompt], config: DimConfig
+) -> Tensor:
+    """(n_layers, n_positions, d_model) float32: [layer, -1] is read at the last prompt token."""
+    harmful, benign = ([checked_ids(backbone, p) for p in prompts] for prompts in (harmful_keeps, benign_keeps))
     n_positions = post_instruction_tokens(harmful + benign)
     if config.last_positions is not None:
         n_positions = min(n_positions, config.last_positions)
@@ -145,6 +188,5 @@ def harmful_minus_benign(backbone: Backbone, material: Material, config: DimConf
     return next(means) - next(means)
 
 
-def _drawn(material: Material, bucket: Bucket, config: DimConfig) -> list[Prompt]:
-    prompts = material.of(SplitName.CALIBRATION, bucket)
-    return random.Random(material.seed).sample(prompts, min(config.calibration_prompts, len(prompts)))
+def _drawn(prompts: Sequence[Prompt], seed: int, config: DimConfig) -> list[Prompt]:
+    return random.Random(seed).sample(prompts, min(config.calibration_prompts, len(prompts)))

@@ -84,16 +84,14 @@ def scored(
         return known
     ablation, addition = Ablation(vector / length), Addition(vector, known.layer)
     if known.kl is None:
-        ablated = _logits(backbone, ablation, prompts.benign)
-        kl = torch.cat([_kl(base, logits) for base, logits in zip(prompts.base, ablated, strict=True)]).mean().item()
-        known = replace(known, kl=kl)
+        known = replace(known, kl=moved(backbone, ablation, prompts))
     if not known.kl <= limits.kl:
         return known
     if known.induced is None:
-        known = replace(known, induced=_score(_logits(backbone, addition, prompts.benign), tokens))
+        known = replace(known, induced=mean_score(edited_logits(backbone, addition, prompts.benign), tokens))
     if not known.induced >= limits.induced or known.refusal is not None:
         return known
-    return replace(known, refusal=_score(_logits(backbone, ablation, prompts.refused), tokens))
+    return replace(known, refusal=mean_score(edited_logits(backbone, ablation, prompts.refused), tokens))
 
 
 def within(candidate: Candidate, limits: Limits) -> bool:
@@ -109,12 +107,18 @@ def wider(limits: Limits) -> Iterator[Limits]:
 
 
 @torch.no_grad()
-def _logits(backbone: Backbone, editor: Editor, batches: Sequence[PromptBatch]) -> list[Tensor]:
+def edited_logits(backbone: Backbone, editor: Editor, batches: Sequence[PromptBatch]) -> list[Tensor]:
     found = []
     for batch in batches:
         with editor.editing(backbone, batch, torch.ones(len(batch))):
             found.append(next_token_logits(backbone, batch))
     return found
+
+
+def moved(backbone: Backbone, editor: Editor, prompts: SelectionPrompts) -> float:
+    """Mean KL(base || edited) on the benign prompts at the first answer position (nats)."""
+    edited = edited_logits(backbone, editor, prompts.benign)
+    return torch.cat([_kl(base, logits) for base, logits in zip(prompts.base, edited, strict=True)]).mean().item()
 
 
 def _kl(base: Tensor, logits: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ def _kl(base: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(edited, base.double(), log_target=True, reduction="none").sum(-1)
 
 
-def _score(logits: Sequence[Tensor], tokens: RefusalTokens) -> float:
+def mean_score(logits: Sequence[Tensor], tokens: RefusalTokens) -> float:
     return torch.cat([refusal_scores(part, tokens.ids) for part in logits]).mean().item()
 
 

@@ -6,11 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from paving.prompts.types import Bucket, SplitName
+from paving.backbone import Backbone, checked_ids, render_batch
+from paving.generation import batches_by_length
+from paving.prompts.types import Bucket, Prompt, SplitName
 from paving.steering.checks import SteeringError
 from paving.steering.material import Material
+from paving.steering.steered import Editor
+from paving.traces.forward import next_token_logits
 
 EPSILON = 1e-8  # the published code's: scores end at ± 18.4
 
@@ -61,3 +66,27 @@ def refusal_scores(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """(n,) float64: log p − log(1 − p), p = the probability of any of the tokens (arXiv 2406.11717). logits: (n, vocab)"""
     p = logits.double().softmax(-1)[:, list(tokens)].sum(-1)
     return (p + EPSILON).log() - (1 - p + EPSILON).log()
+
+
+@torch.no_grad()
+def prompt_scores(
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    tokens: RefusalTokens,
+    editor: Editor | None = None,
+    *,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Prompt id -> log-odds that its answer begins as the base's refusals do, with `editor` at strength 1 if given."""
+    found: dict[str, float] = {}
+    rows = {p.id: checked_ids(backbone, p) for p in prompts}
+    for chunk in batches_by_length(prompts, rows, batch_size):
+        batch = render_batch(backbone, chunk)
+        if editor is None:
+            logits = next_token_logits(backbone, batch)
+        else:
+            with editor.editing(backbone, batch, torch.ones(len(batch))):
+                logits = next_token_logits(backbone, batch)
+        scores = refusal_scores(logits, tokens.ids).tolist()
+        found |= {p.id: score for p, score in zip(chunk, scores, strict=True)}
+    return found
