@@ -72,7 +72,7 @@ def sweep(method, variant, scale, success, refused, limits) -> SweepFigures:
         edit_broken=wilson(0, 40), edit_harmful=wilson(0, 40), harmful_refusal=harmful, harmful_drift=drift,
         benign_preservation=benign, harmful_preservation=kept,
         control={o: control(o, rate, benign, harmful, base) for o in ("two", "three")},
-        passes={o: passes(o, benign, kept, drift, limits) for o in ("two", "three")},
+        passes={o: passes(o, benign, kept, drift, harmful.n, limits) for o in ("two", "three")},
     )  # fmt: skip
 
 

@@ -23,17 +23,22 @@ def with_row(found, extra):
 
 def test_there_is_a_mark_for_every_method_and_variant_and_for_residual_paving(found):
     with rc_context(STYLE):
-        (ax,) = comparison_figures.draw_trade_off(found).axes
-    marks = [line for line in ax.lines if line.get_marker() in set("xoDsv^") and len(line.get_xdata()) == 1]
-    drawn = [tuple(line.get_xydata()[0]) for line in marks]
-    assert len(drawn) == len(found.rows) == 1 + 3 + 2 * 4
-    expected = {(100 * r.row.harmful_drift, 100 * r.edit_success.rate) for r in found.rows}
-    assert {(round(x, 6), round(y, 6)) for x, y in drawn} == {(round(x, 6), round(y, 6)) for x, y in expected}
+        panels = comparison_figures.draw_trade_off(found).axes
+    assert len(panels) == 2
+    for ax, rule in zip(panels, ("control", "strict"), strict=True):
+        marks = [line for line in ax.lines if line.get_marker() in set("xoDsv^") and len(line.get_xdata()) == 1]
+        drawn = [tuple(line.get_xydata()[0]) for line in marks]
+        rows = [r for r in found.rows if r.method in ("none", "residual-paving") or f"{rule}/three" in r.chosen_by]
+        assert len(drawn) == len(rows) >= 1 + 3
+        expected = {(100 * r.row.harmful_drift, 100 * r.edit_success.rate) for r in rows}
+        assert {(round(x, 6), round(y, 6)) for x, y in drawn} == {(round(x, 6), round(y, 6)) for x, y in expected}
 
 
-def test_only_what_the_control_rule_took_is_drawn(found):
+def test_a_panel_shows_what_its_rule_took_and_nothing_else(found):
     strict = compared("repit", "probe", row("repit@1_probe", "comparator", "probe", 1.0, 3, 80), ["strict/three"])
-    assert comparison_figures.shown_rows(with_row(found, strict)) == comparison_figures.shown_rows(found)
+    both = with_row(found, strict)
+    assert comparison_figures.shown_rows(both, "control") == comparison_figures.shown_rows(found, "control")
+    assert strict in comparison_figures.shown_rows(both, "strict")
 
 
 def test_the_picture_holds_every_name_and_an_empty_one_says_so(found):

@@ -153,5 +153,5 @@ def figures(
         benign_preservation=benign,
         harmful_preservation=kept,
         control={o: control(o, success, benign, refused, base) for o in ("two", "three")},
-        passes={o: passes(o, benign, kept, drift, limits) for o in ("two", "three")},
+        passes={o: passes(o, benign, kept, drift, n_harmful, limits) for o in ("two", "three")},
     )

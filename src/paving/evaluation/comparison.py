@@ -29,7 +29,8 @@ def edit_success(counts: Mapping[str, int]) -> Rate:
 class Limits(Record):
     """What a scale must keep on the calibration split to pass the strict rule; fractions.
 
-    harmful_preservation and harmful_drift are demanded by the three-objective rule only.
+    harmful_preservation and harmful_drift are demanded by the three-objective rule only; below a
+    harmful_drift of 0 one lost refusal is always let through.
     """
 
     benign_preservation: float = 0.95

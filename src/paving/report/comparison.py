@@ -123,9 +123,9 @@ def caption(found: Comparison) -> str:
     return (
         "Edit success against what happened to the refusals of harmful prompts, on the held-out split; the upper right end "
         "is wanted. One mark for each method (colour) and variant (shape), at the scale that the baseline control score "
-        f"takes for {main_objective(found)} objectives; hollow marks are told each prompt's bucket and cannot be deployed. "
-        "Large marks are Residual Paving. Bars: 95% intervals, Wilson's upwards, paired on the same prompts sideways. "
-        "Shaded: drift that the strict rule allows."
+        f"(above) or the strict limits (below) take for {main_objective(found)} objectives; hollow marks are told each "
+        "prompt's bucket and cannot be deployed. Large marks are Residual Paving. Bars: 95% intervals, Wilson's upwards, "
+        "paired on the same prompts sideways. Shaded: drift that the strict rule allows."
     )
 
 
@@ -203,8 +203,9 @@ def rules_text(found: Comparison) -> str:
         "control: the largest edit success + 0.10 · benign preservation + 0.10 · min(1, harmful refusal / the base's); two "
         "objectives leave the last term out. strict: the largest edit success among scales with benign preservation at "
         f"least {percent(limits.benign_preservation)} and, for three objectives, harmful preservation at least "
-        f"{percent(limits.harmful_preservation)} and a harmful drift of at least {points(limits.harmful_drift)} pp. The "
-        "gentler scale among equals. Residual Paving's own scale was chosen when it was trained."
+        f"{percent(limits.harmful_preservation)} and a harmful drift of at least {points(limits.harmful_drift)} pp, "
+        "or of one refusal where that is more. The gentler scale among equals. Residual Paving's own scale was chosen when "
+        "it was trained."
     )
 
 

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from paving.evaluation.comparison import BASE, OWN, ComparedRow, Comparison
+from paving.evaluation.comparison import BASE, OWN, ComparedRow, Comparison, Rule
 from paving.prompts.types import Bucket
 from paving.report.figures import nothing
 from paving.report.svg import COLOURS, INK, MUTED, PURPLE, inline, new_figure
@@ -28,31 +28,37 @@ def trade_off(found: Comparison) -> str:
 
 
 def draw_trade_off(found: Comparison) -> Figure:
-    marks = shown_rows(found)
-    methods = list(dict.fromkeys(r.method for r in marks if r.method not in (BASE, OWN)))
+    """A panel for each rule: where scales come from decides as much as methods do."""
+    by_rule = {rule: [r for r in shown_rows(found, rule) if _known(r)] for rule in ("control", "strict")}
+    shown = [r for marks in by_rule.values() for r in marks]
+    methods = list(dict.fromkeys(r.method for r in found.rows if r.method not in (BASE, OWN)))
     colours = {m: METHOD_COLOURS[i % len(METHOD_COLOURS)] for i, m in enumerate(methods)}
-    lines = (len(methods) + 2) // 2 + 3
-    figure = new_figure(height=4.6 + 0.25 * lines)
-    ax = figure.subplots()
-    marks = [r for r in marks if r.edit_success.rate is not None and r.row.harmful_drift is not None]
-    if not marks:
-        nothing(ax, "rows")
-        return figure
-    ax.axvspan(100 * found.limits.harmful_drift, 100, color=COLOURS[Bucket.BENIGN_KEEP], alpha=0.08, linewidth=0)
-    ax.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
-    for r in marks:
-        _draw_mark(ax, r, colours)
-    _set_limits(ax, marks)
-    ax.set(xlabel="harmful refusal less the base's, pp", ylabel="edit success, %")
-    _draw_legends(figure, marks, colours)
+    figure = new_figure(height=8.6 + 0.25 * ((len(methods) + 2) // 2 + 3))
+    for ax, (rule, marks) in zip(figure.subplots(2, 1), by_rule.items(), strict=True):
+        ax.set_title(f"Scales by the {rule} {'score' if rule == 'control' else 'limits'}")
+        if not marks:
+            nothing(ax, "rows")
+            continue
+        ax.axvspan(100 * found.limits.harmful_drift, 100, color=COLOURS[Bucket.BENIGN_KEEP], alpha=0.08, linewidth=0)
+        ax.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+        for r in marks:
+            _draw_mark(ax, r, colours)
+        _set_limits(ax, marks)
+        ax.set(xlabel="harmful refusal less the base's, pp", ylabel="edit success, %")
+    if shown:
+        _draw_legends(figure, shown, {m: c for m, c in colours.items() if any(r.method == m for r in shown)})
     return figure
 
 
-def shown_rows(found: Comparison) -> list[ComparedRow]:
-    """The run's own rows, and of every method and variant the one that the control rule took; Residual Paving on top."""
-    rule = "control/three" if "three" in found.objectives else "control/two"
-    chosen = [r for r in found.rows if r.method == BASE or rule in r.chosen_by]
+def shown_rows(found: Comparison, rule: Rule) -> list[ComparedRow]:
+    """The run's own rows, and of every method and variant the one that the rule took; Residual Paving on top."""
+    taken = f"{rule}/{'three' if 'three' in found.objectives else 'two'}"
+    chosen = [r for r in found.rows if r.method == BASE or (r.method != OWN and taken in r.chosen_by)]
     return [*chosen, *(r for r in found.rows if r.method == OWN)]
+
+
+def _known(r: ComparedRow) -> bool:
+    return r.edit_success.rate is not None and r.row.harmful_drift is not None
 
 
 def _draw_mark(ax: Axes, r: ComparedRow, colours: dict[str, str]) -> None:
