@@ -279,7 +279,7 @@ def draw_frontier(summary: dict, path: Path) -> None:
     axes.set(
         xlim=(-1, min(100, reach + 5)), ylim=(-2, 102), xlabel="benign prompts refused, %", ylabel="category refused, %"
     )
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc="upper right", fontsize=9)
     figure.savefig(path, dpi=160)
 
 
