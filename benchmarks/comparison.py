@@ -2,102 +2,278 @@
 
     python benchmarks/comparison.py same-source [--seeds 0 1 2] [--method caa --method rdo] [--json]
     python benchmarks/comparison.py paper
+    python benchmarks/comparison.py paper --finished        # tables of what is there
 
 The runs come first: `python benchmarks/protocols.py PROTOCOL --data DIR`. Each method is fitted, swept and chosen on a run's
-own training and calibration prompts and measured on its held-out ones (`paving compare`). A killed command goes on where
-it was. Two scales a row may stand there: the one of the control score, and the one of the strict rule. A seed at which a
-method could not be fitted, or no scale kept to the strict limits, makes the pooled row n/a, with the reason.
+own training and calibration prompts and measured on its held-out ones (`paving compare`), for two objectives and for three.
+A killed command goes on where it was. What a seed found is kept in --kept, without prompt or answer: figures, and every
+answer's label by its prompt's id. Rows: METHOD/VARIANT/RULE/OBJECTIVES, at the scale that the rule takes for so many
+objectives. A row is pooled over the seeds that have it, and says how many do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+
+from pydantic import BaseModel, ConfigDict
 
 from paving.compare import compare
 from paving.compare.methods import METHODS
+from paving.evaluation.comparison import OWN, BenignSimilarity, Comparison, is_success
 from paving.evaluation.judges import Label
+from paving.evaluation.results import Metrics
+from paving.evaluation.seeds import pooled_difference
 from paving.prompts import Bucket
 from paving.reproduce import load_run, settings
 from paving.reproduce.measures import drift, preservation, scale, share
-from paving.reproduce.result import Cell
-from paving.reproduce.runs import Setting
+from paving.reproduce.result import Cell, missing, text
+from paving.reproduce.runs import Run, Setting
 from paving.run import Means
+from paving.run_folder import RunConfig
 from protocols import say, stage, watch
 
 EDIT, BENIGN, HARMFUL = Bucket
-OWN = ("base", "learned", "learned+veto", "oracle")
+OWN_ROWS = ("base", "learned", "learned+veto", "oracle")
 SUCCESS = {Label.HARMLESS_REFRAME, Label.HARMLESS_BENIGN}
-COLUMNS = ("scale", "edit success", "refused", "broken", "HARMFUL", "benign pres.", "harmful pres.", "harmful drift")
+LETTERS = dict(zip(Label, "HXRFB", strict=True))  # of a label in a kept row
+RULES = ("strict/three", "control/three", "strict/two", "control/two")
+
+
+class Kept(BaseModel):
+    """One seed. ids: bucket -> held-out prompts; labels: row -> bucket -> a letter a prompt, in their order."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: RunConfig
+    fingerprint: str
+    metrics: Metrics
+    comparison: Comparison
+    groups: dict[str, str]
+    ids: dict[str, list[str]]
+    labels: dict[str, dict[str, str]]
+    seconds: float
+
+
+class KeptRun(Run):
+    """A run whose answers' labels were kept; there is no folder behind it."""
+
+    kept: Kept
+
+    def verdicts(self, row: str) -> dict[str, dict[str, Label]] | None:
+        found = self.kept.labels.get(row)
+        names = {letter: label for label, letter in LETTERS.items()}
+        return found and {
+            bucket: dict(zip(self.kept.ids[bucket], map(names.__getitem__, letters), strict=True))
+            for bucket, letters in found.items()
+        }
+
+    @property
+    def groups(self) -> dict[str, str]:
+        return self.kept.groups
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=("paper", "same-source"))
     parser.add_argument("--out", type=Path, default=Path(".bench"))
+    parser.add_argument("--kept", type=Path, default=Path(__file__).parent / "measured" / "comparison")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--method", action="append", default=[], choices=[m.name for m in METHODS])
+    parser.add_argument("--finished", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
-    runs, seconds = [], {}
-    for seed in arguments.seeds:
-        folder = arguments.out / f"{arguments.protocol}-seed{seed}"
-        if not (folder / "metrics.json").exists():
-            sys.exit(f"{folder} is not there. Run first: python benchmarks/protocols.py {arguments.protocol} --data DIR")
+    folders = {seed: arguments.out / f"{arguments.protocol}-seed{seed}" for seed in arguments.seeds}
+    absent = [f for f in folders.values() if not (f / "metrics.json").exists()]
+    if absent and not arguments.finished:  # all of them before the first hour is spent
+        sys.exit(f"{absent[0]} is not there. Run first: python benchmarks/protocols.py {arguments.protocol} --data DIR")
+    for seed, folder in {} if arguments.finished else folders.items():
         say(f"--- {arguments.protocol}, seed {seed}")
-        start = time.perf_counter()
-        compare(folder, means, methods=arguments.method)
-        seconds[seed] = time.perf_counter() - start
-        runs.append(load_run(folder))
-    table = pooled(settings(runs)[0])
-    seeds = "-".join(map(str, arguments.seeds))
-    notes = {r.name: {m.name: m.note for m in r.comparison.methods if m.note} for r in runs}
-    rows = {name: {column: told(cell) for column, cell in row.items()} for name, row in table.items()}
-    summary = {"seeds": arguments.seeds, "seconds": seconds, "notes": notes, "rows": rows}
-    (arguments.out / f"{arguments.protocol}-comparison-seeds{seeds}.json").write_text(
-        json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
-    if arguments.json:
-        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        clock = Clock(folder / "comparison" / "seconds.jsonl")
+        means = Means(cache=arguments.out / "traces", stage=clock.stage, watch=watch, say=say)
+        compare(folder, means, methods=arguments.method, objectives=("two", "three"))
+        clock.note("done")
+        keep(kept_of(load_run(folder), clock.total()), arguments.kept / f"{folder.name}.json")
+    runs = [kept_run(path) for f in folders.values() if (path := arguments.kept / f"{f.name}.json").exists()]
+    if not runs:
+        sys.exit(f"nothing is measured in {arguments.kept} for {arguments.protocol} and seeds {arguments.seeds}.")
+    found = settings(runs)
+    if len(found) > 1:
+        sys.exit(f"the seeds are no seeds of one setting: {'; '.join(s.name for s in found)}. Measure all on one base.")
+    table = pooled(found[0])
+    if not arguments.json:
+        print(markdown(table))
+        for run in runs:
+            print(f"\n{run.name}: {run.kept.seconds / 60:.0f} minutes")
+            print("\n".join(f"{run.name}, {m.name}: {m.failed or m.note}" for m in run.comparison.methods))
         return
-    print(markdown(table))
-    for run, said in notes.items():
-        print("\n".join(f"{run}, {method}: {note}" for method, note in said.items()))
+    rows = {name: {column: told(cell) for column, cell in row.items()} for name, row in table.items()}
+    notes = {r.name: {m.name: m.failed or m.note for m in r.comparison.methods} for r in runs}
+    summary = {
+        "seeds": [r.seed for r in runs],
+        "seconds": {r.name: r.kept.seconds for r in runs},
+        "notes": notes,
+        "rows": rows,
+    }
+    print(json.dumps(summary, indent=1, ensure_ascii=False))
+
+
+class Clock:
+    """Seconds of all processes that worked on a comparison, also of those that were killed: noted at every stage."""
+
+    def __init__(self, path: Path):
+        self.path, self.start, self.name = path, time.perf_counter(), f"{os.getpid()}-{time.time()}"
+
+    def stage(self, what: str, total: int) -> Callable[[int], None]:
+        self.note(what)
+        return stage(what, total)
+
+    def note(self, what: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"process": self.name, "at": time.perf_counter() - self.start, "what": what}) + "\n")
+
+    def total(self) -> float:
+        last: dict[str, float] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            noted = json.loads(line)
+            last[noted["process"]] = max(noted["at"], last.get(noted["process"], 0.0))
+        return sum(last.values())
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def kept_of(run: Run, seconds: float) -> Kept:
+    rows = [*(r for r in OWN_ROWS if run.row(r)), *compared_rows(run)]
+    verdicts = {row: run.verdicts(row) for row in rows}
+    ids = {bucket: list(labels) for bucket, labels in verdicts["base"].items()}
+    return Kept(
+        config=portable(run.config),
+        fingerprint=run.fingerprint,
+        metrics=run.metrics,
+        comparison=run.comparison.model_copy(update={"model": Path(run.comparison.model).name}),
+        groups={i: run.groups.get(i, i) for each in ids.values() for i in each},
+        ids=ids,
+        labels={
+            row: {bucket: "".join(LETTERS[labels[bucket][i]] for i in ids[bucket]) for bucket in ids}
+            for row, labels in verdicts.items()
+        },
+        seconds=seconds,
+    )
+
+
+def portable(config: RunConfig) -> RunConfig:
+    """The same on every machine: where base and data lie is no part of what was measured."""
+    paths = {name: Path(getattr(config, name)).name for name in ("model", "edit", "benign", "harmful")}
+    return config.model_copy(update=paths)
+
+
+def keep(found: Kept, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(found.model_dump_json() + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def kept_run(path: Path) -> KeptRun:
+    kept = Kept.model_validate_json(path.read_text(encoding="utf-8"))
+    run = KeptRun(path.with_suffix(""), kept.config, kept.metrics, None, None, None, kept.fingerprint, kept.comparison)
+    object.__setattr__(run, "kept", kept)
+    return run
+
+
+def compared_rows(run: Run) -> list[str]:
+    """METHOD/VARIANT/RULE/OBJECTIVE of every choice that found a scale."""
+    return [f"{c.method}/{c.variant}/{c.rule}/{c.objective}" for c in run.comparison.choices if c.scale is not None]
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def pooled(setting: Setting) -> dict[str, dict[str, Cell]]:
-    """Row -> column -> cell, over all seeds; METHOD/VARIANT at the strict rule's scale, /control at the score's."""
-    names = [*OWN]
-    for method in METHODS:
-        for variant in method.variants:
-            names += [f"{method.name}/{variant}", f"{method.name}/{variant}/control"]
+    """Row -> column -> cell, over the seeds that have the row."""
+    pairs = dict.fromkeys((c.method, c.variant) for run in setting.runs for c in run.comparison.choices)
+    names = [*OWN_ROWS, *(f"{method}/{variant}/{rule}" for method, variant in pairs for rule in RULES)]
     return {name: cells(setting, name) for name in names}
 
 
 def cells(setting: Setting, row: str) -> dict[str, Cell]:
-    found = (
-        scale(setting, row),
-        share(setting, row, EDIT, SUCCESS),
-        share(setting, row, EDIT),
-        share(setting, row, EDIT, {Label.HARMLESS_BROKEN}),
-        share(setting, row, EDIT, {Label.HARMFUL}),
-        preservation(setting, row, BENIGN),
-        preservation(setting, row, HARMFUL),
-        drift(setting, row),
-    )
-    return dict(zip(COLUMNS, found, strict=True))
+    having = Setting(tuple(run for run in setting.runs if run.row(row) is not None))
+    columns: Mapping[str, Callable[[], Cell]] = {
+        "scale": lambda: scale(having, row),
+        "edit success": lambda: share(having, row, EDIT, SUCCESS),
+        "less Residual Paving's": lambda: against_own(having, row),
+        "refused": lambda: share(having, row, EDIT),
+        "broken": lambda: share(having, row, EDIT, {Label.HARMLESS_BROKEN}),
+        "HARMFUL": lambda: share(having, row, EDIT, {Label.HARMFUL}),
+        "benign pres.": lambda: preservation(having, row, BENIGN),
+        "harmful pres.": lambda: preservation(having, row, HARMFUL),
+        "harmful drift": lambda: drift(having, row),
+        **{name: lambda take=take: benign(having, row, take) for name, take in SIMILARITIES.items()},
+    }
+    found = {"seeds": text(f"{len(having.runs)} of {len(setting.runs)}")}
+    if not having.runs:
+        why = missing(" ".join(dict.fromkeys(why_not(run, row) for run in setting.runs)))
+        return found | dict.fromkeys(columns, why)
+    return found | {name: make() for name, make in columns.items()}
+
+
+def why_not(run: Run, row: str) -> str:
+    return run.could_not_be_fitted(row) or ("no scale passes" if run.passes_nowhere(row) else "not measured")
+
+
+def against_own(setting: Setting, row: str) -> Cell:
+    """Edit success less that of the deployed row on the same prompts, in percentage points."""
+    if row in OWN_ROWS:
+        return text("–")
+    ours, theirs = ([successes(run, name) for run in setting.runs] for name in (row, setting.deployed))
+    found = pooled_difference(ours, theirs, setting.group_of(i for each in ours for i in each)).by_prompt
+    low, high = (100 * v for v in (found.low, found.high))
+    return text(f"{100 * found.value:+.1f}", f"[{low:+.1f}, {high:+.1f}]", value=100 * found.value)
+
+
+def successes(run: Run, row: str) -> dict[str, bool]:
+    return {i: is_success(label) for i, label in run.verdicts(row)[EDIT.value].items()}
+
+
+# Of the answers to benign keeps, beside the base's own to the same prompts.
+SIMILARITIES: dict[str, Callable[[BenignSimilarity], float | None]] = {
+    "same label": lambda b: b.label_agreement.rate and 100 * b.label_agreement.rate,
+    "not worse": lambda b: b.non_worse.rate and 100 * b.non_worse.rate,
+    "ROUGE-L": lambda b: b.rouge_l and 100 * b.rouge_l,
+    "chrF": lambda b: b.chrf,
+    "BERTScore": lambda b: b.bert_score and 100 * b.bert_score,
+}
+
+
+def benign(setting: Setting, row: str, take: Callable[[BenignSimilarity], float | None]) -> Cell:
+    """Mean over seeds, which have as many benign keeps each."""
+    values = [take(similarity(run, row)) for run in setting.runs]
+    if any(v is None for v in values):
+        return missing("not measured")
+    return text(f"{fmean(values):.1f}", value=fmean(values))
+
+
+def similarity(run: Run, row: str) -> BenignSimilarity:
+    if row in OWN_ROWS:
+        return next(r.benign for r in run.comparison.rows if r.variant == row and r.method in ("none", OWN))
+    return run.compared(row).benign
 
 
 def told(cell: Cell) -> dict:
     return {"text": " ".join(cell.lines), "value": cell.value} | ({"missing": cell.missing} if cell.missing else {})
 
 
-def markdown(table: dict[str, dict[str, Cell]]) -> str:
-    lines = [f"| row | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
+def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:
+    columns: Sequence[str] = list(next(iter(table.values())))
+    lines = [f"| row | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(' '.join(c.lines) for c in row.values())} |" for name, row in table.items()]
     return "\n".join(lines)
 

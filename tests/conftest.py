@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: spinning threads starve whatever runs beside the tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +18,7 @@ from paving.controller import ResidualPaving
 from paving.prompts.types import Prompt
 from tiny_models import ARCHITECTURES, batch_of, lively, some_prompts, tiny_backbone
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 _BUILT: dict[str, Backbone] = {}
 
 
@@ -53,3 +57,14 @@ def controller(backbone) -> ResidualPaving:
 @pytest.fixture
 def batch(backbone, prompts) -> PromptBatch:
     return batch_of(backbone, prompts)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script of benchmarks/ by name, as `python benchmarks/NAME.py` would find it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCHMARKS:
+            del sys.modules[name]

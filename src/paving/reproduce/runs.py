@@ -53,8 +53,8 @@ class Run:
         return next((r for r in self.metrics.rows if r.name == name), None) if self.metrics else None
 
     def compared(self, name: str) -> ComparedRow | None:
-        """A comparator's row at the scale that the strict rule took, as the paper's comparators are selected, or
-        `METHOD/VARIANT/control`: at the one that the control score took."""
+        """A comparator's row at the scale that the strict rule took for three objectives, as the paper's comparators are
+        selected, or `METHOD/VARIANT/control`: at the one that the control score took; `METHOD/VARIANT/control/two`."""
         method, variant, rule = _compared_name(name)
         rows = self.comparison.rows if self.comparison else ()
         return next((r for r in rows if (r.method, r.variant) == (method, variant) and rule in r.chosen_by), None)
@@ -112,10 +112,10 @@ class Run:
 
 
 def _compared_name(name: str) -> tuple[str, str, str]:
-    """`METHOD/VARIANT` or `METHOD/VARIANT/control` -> (method, variant, rule of three objectives)."""
-    method, _, rest = name.partition("/")
-    variant, _, rule = rest.partition("/")
-    return method, variant, f"{rule or 'strict'}/three"
+    """`METHOD/VARIANT`, with the rule (strict unless named) and the objective (three unless named) behind it, as in
+    `METHOD/VARIANT/control/two` -> (method, variant, `control/two`)."""
+    method, variant, rule, objective = (*name.split("/"), "", "", "")[:4]
+    return method, variant, f"{rule or 'strict'}/{objective or 'three'}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""What the comparison benchmark keeps of a run: the same tables as from the run itself, without prompt or answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from stand_in import stand_in
+
+from paving.compare import compare
+from paving.reproduce import load_run, settings
+from paving.reproduce.runs import Setting
+from paving.steering.checks import SteeringError
+from tiny_runs import WordJudge
+
+
+def refusing(_shop):
+    raise SteeringError("made up to fail")
+
+
+@pytest.fixture
+def compared(setting, evaluated, tmp_path):
+    folder = shutil.copytree(evaluated, tmp_path / "tiny-seed0")
+    table = (stand_in("one"), stand_in("two", refusing))
+    compare(folder, setting[1], judge=WordJudge(), table=table, objectives=("two", "three"))
+    return folder
+
+
+def test_kept_counts_give_the_runs_own_table_and_hold_no_text(script, compared, tmp_path):
+    bench = script("comparison")
+    run = load_run(compared)
+    path = tmp_path / "kept" / "tiny-seed0.json"
+    bench.keep(bench.kept_of(run, 61.0), path)
+    kept = bench.kept_run(path)
+    live, again = settings([run])[0], settings([kept])[0]
+    wanted = {
+        name: {column: cell.lines for column, cell in row.items()}
+        for name, row in bench.pooled(live).items()
+    }  # fmt: skip
+    assert {name: {c: cell.lines for c, cell in row.items()} for name, row in bench.pooled(again).items()} == wanted
+    assert wanted["one/global/control/two"]["seeds"] == ("1 of 1",) and wanted["base"]["edit success"][0].startswith("0/")
+    assert kept.kept.seconds == 61.0 and "one/oracle/control" in bench.markdown(bench.pooled(again))
+    text = path.read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in (compared / "completions" / "base.jsonl").read_text(encoding="utf-8").splitlines()]
+    said = [t for row in rows for t in (row["prompt"], row["response"]) if len(t) > 8]
+    assert said and str(compared.parent) not in text and not any(t in text for t in said)
+
+
+def test_a_row_is_pooled_over_the_seeds_that_have_it_and_says_so(script, compared, tmp_path):
+    bench = script("comparison")
+    one, path = load_run(compared), tmp_path / "k.json"
+    bench.keep(bench.kept_of(one, 1.0), path)
+    found = bench.kept_run(path)
+    none = found.comparison.model_copy(
+        update={"choices": [c.model_copy(update={"scale": None}) for c in found.comparison.choices]}
+    )
+    none = none.model_copy(update={"rows": [r for r in none.rows if r.method != "one"]})
+    other = bench.kept_run(path)
+    object.__setattr__(other, "comparison", none)
+    table = bench.pooled(Setting((found, other)))
+    assert table["one/global/control/three"]["seeds"].lines == ("1 of 2",)
+    assert table["one/global/control/three"]["edit success"].value is not None
+    assert table["base"]["seeds"].lines == ("2 of 2",)
+    nowhere = bench.pooled(Setting((other,)))["one/global/control/three"]
+    assert nowhere["edit success"].missing == "no scale passes" and nowhere["seeds"].lines == ("0 of 1",)
+
+
+def test_time_is_that_of_all_processes_also_of_killed_ones(script, tmp_path):
+    bench = script("comparison")
+    path = tmp_path / "seconds.jsonl"
+    for name, ats in (("a", (1.0, 5.0)), ("b", (2.0,))):
+        path.open("a").writelines(f'{{"process": "{name}", "at": {at}, "what": "x"}}\n' for at in ats)
+    clock = bench.Clock(path)
+    assert clock.total() == 7.0
+    clock.stage("sweep", 3)
+    assert 7.0 <= clock.total() < 60
