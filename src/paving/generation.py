@@ -93,19 +93,29 @@ def generate(
     Prompts are batched by length. `known` holds completions of the same prompts at the same batching: the base's, and
     those of interventions that do the same wherever they decide the same (one editor under another gate policy). A
     batch whose every row was decided there as it is here is taken from there instead of being decoded again to the
-    same bits; a closed gate is decided alike everywhere. With `by_row` its rows may come from different ones of them: the
-    same answers up to rounding, where products depend on how many rows are open. `tick(n)`: n more prompts are done.
+    same bits; a closed gate is decided alike everywhere. With `by_row` its rows may come from different ones of them, and
+    those that are in none are decoded in batches of their own: the same answers up to rounding, where products depend on
+    how many rows there are and are open. `tick(n)`: n more prompts are done.
     """
     room = decoding.max_new_tokens
     rows = {p.id: checked_ids(backbone, p, room=room) for p in prompts}
-    batches = []
-    for chunk in shared(list(batches_by_length(prompts, rows, batch_size))):
+    batches: list[list[Completion]] = []
+
+    def complete(chunk: Sequence[Prompt], known: Sequence[Mapping[str, Completion]]) -> list[Prompt]:
+        """Completes what it can, and returns what it left."""
         ids, mask = pad_left(backbone, [rows[p.id] for p in chunk])
         batch = PromptBatch(ids, mask, tuple(p.id for p in chunk), tuple(p.bucket for p in chunk))
         earlier = [[answers[p.id] for p in chunk] for answers in known if all(p.id in answers for p in chunk)]
-        batches.append(complete_batch(backbone, chunk, batch, intervention, decoding, earlier, by_row=by_row))
+        found = complete_batch(backbone, chunk, batch, intervention, decoding, earlier, by_row=by_row)
+        batches.append([c for c in found if c is not None])
         if tick is not None:
-            tick(of_all(len(chunk)))
+            tick(of_all(len(batches[-1])))
+        return [p for p, c in zip(chunk, found, strict=True) if c is None]
+
+    mine = shared(list(batches_by_length(prompts, rows, batch_size)))
+    left = [p for chunk in mine for p in complete(chunk, known)]
+    for chunk in batches_by_length(left, rows, batch_size):
+        complete(chunk, ())
     done = {completion.id: completion for batch in gathered(batches) for completion in batch}
     return [done[p.id] for p in prompts]
 
@@ -137,8 +147,9 @@ def complete_batch(
     known: Sequence[Sequence[Completion]],
     *,
     by_row: bool = False,
-) -> list[Completion]:
-    """known: completions of this very batch, row by row, from elsewhere; by_row: see `generate`."""
+) -> list[Completion | None]:
+    """known: completions of this very batch, row by row, from elsewhere. With `by_row` a row that is in none of them is None
+    where others are: it is for another batch."""
     if decoding.do_sample:
         torch.manual_seed(decoding.seed)
     config = decoding.generation_config(backbone)
@@ -147,7 +158,7 @@ def complete_batch(
         answers = decode(backbone, batch.input_ids, batch.attention_mask, config, StoppingCriteriaList([stop]))
         states = applied.rows()
     if stop.found is not None:
-        return [_with_state(c, s) for c, s in zip(stop.found, states, strict=True)]
+        return [c and _with_state(c, s) for c, s in zip(stop.found, states, strict=True)]
     rows = zip(prompts, answers.tolist(), states, strict=True)
     return [completion_of(backbone, prompt, tokens, state) for prompt, tokens, state in rows]
 
@@ -196,18 +207,21 @@ def _with_state(completion: Completion, state: RowState) -> Completion:
 
 
 class _StopIfKnown(StoppingCriteria):
-    """Ends decoding after the first token where every row was decided as in completions that are there already."""
+    """Ends decoding after the first token where every row was decided as in completions that are there already; with
+    `by_row`, where any was: the others are None in `found`."""
 
     def __init__(self, applied: Applied, known: Sequence[Sequence[Completion]], by_row: bool):
         self.applied, self.known, self.by_row = applied, known, by_row
-        self.found: Sequence[Completion] | None = None
+        self.found: Sequence[Completion | None] | None = None
 
     def __call__(self, input_ids, scores, **kwargs):
         if self.known:
             states = self.applied.rows()
             sources = [tuple(zip(*self.known, strict=True))] if self.by_row else [[(c,) for c in k] for k in self.known]
             found = ([_alike(row, state) for row, state in zip(rows, states, strict=True)] for rows in sources)
-            self.found, self.known = next((f for f in found if None not in f), None), ()  # once: decisions hold
+            enough = any if self.by_row else all
+            self.found = next((f for f in found if enough(c is not None for c in f)), None)
+            self.known = ()  # once: decisions hold
         return torch.full((input_ids.shape[0],), self.found is not None, dtype=torch.bool, device=input_ids.device)
 
 

@@ -17,7 +17,7 @@ from paving.compare import comparison as comparing
 from paving.compare.bench import open_bench
 from paving.compare.fitting import Fitting
 from paving.compare.sweep import decided_open, figures, open_answers
-from paving.evaluation.comparison import Comparison, Limits
+from paving.evaluation.comparison import OWN, Comparison, Limits
 from paving.evaluation.judges import Label, Verdict
 from paving.evaluation.statistics import preservation_score
 from paving.evaluation.verdicts import text_hash
@@ -25,9 +25,11 @@ from paving.generation import generate, load_completions
 from paving.prompts.types import Bucket, SplitName
 from paving.report import comparison_figures
 from paving.report import figures as figures_of_a_run
+from paving.report.comparison_figures import is_own
 from paving.report.examples import REDACTED
 from paving.run_folder import RunError
 from paving.run_records import harmful_to_any
+from paving.run_rows import row_specs
 from paving.steering.checks import SteeringError
 from paving.steering.routing import Labelled, Probe, fit_probe
 from paving.traces.preservation import keep_divergence
@@ -87,15 +89,17 @@ def test_a_comparison_leaves_sweeps_rows_a_file_and_a_section_of_the_report(done
     folder, found = done
     text = (folder / "comparison" / "comparison.json").read_text()
     assert Comparison.model_validate_json(text) == found and found.schema_version == 1
-    assert {p.name for p in (folder / "comparison" / "sweeps").iterdir()} == {f"stand-in@{s:g}.json" for s in SCALES}
+    swept = {p.name for p in (folder / "comparison" / "sweeps").iterdir()}
+    assert {name for name in swept if not name.startswith(OWN)} == {f"stand-in@{s:g}.json" for s in SCALES}
     assert [r.method for r in found.rows[:4]] == ["none", *["residual-paving"] * 3]
     metrics = json.loads((folder / "metrics.json").read_text())
     own = {r["name"]: r for r in metrics["rows"]}
     assert all(json.loads(r.row.model_dump_json()) == own[r.row.name] for r in found.rows[:4])
-    assert {r.variant for r in found.rows[4:]} == set(EVERY)
-    taken = {(c.variant, c.scale) for c in found.choices if c.scale is not None}
-    assert {(r.variant, r.scale) for r in found.rows[4:]} == taken
-    for r in found.rows[4:]:
+    others = [r for r in found.rows if r.method == "stand-in"]
+    assert {r.variant for r in others} == set(EVERY)
+    taken = {(c.variant, c.scale) for c in found.choices if c.scale is not None and c.method == "stand-in"}
+    assert {(r.variant, r.scale) for r in others} == taken
+    for r in others:
         assert r.notes == ["made up for a test"] and r.chosen_by
         assert r.edit_success.n == found.held_out["edit"] == r.success_against_base.n
         assert (folder / "comparison" / "completions" / f"{r.row.name}.jsonl").exists()
@@ -130,7 +134,7 @@ def test_a_second_comparison_fits_and_decodes_nothing_and_one_more_method_takes_
         compare(run, means, judge=WordJudge(), table=[unfit], variants=["oracle"])
         assert (run / "comparison" / "comparison.json").read_bytes() == first
     again = compare(run, means, judge=WordJudge(), table=[one, two], methods=["another"], objectives=["two"])
-    assert {(r.method, r.variant) for r in again.rows[4:]} == {
+    assert {(r.method, r.variant) for r in again.rows[4:] if r.method != OWN} == {
         ("stand-in", "global"), ("stand-in", "oracle"), ("another", "global")
     }  # fmt: skip
     assert again.objectives == ["two", "three"]
@@ -177,7 +181,7 @@ def test_the_bases_answers_are_the_runs_and_the_global_row_serves_the_others(run
     table = [stand_in(scales=(1.0,))]
     found = compare(run, means, judge=WordJudge(), table=table, objectives=["two"], limits=Limits(benign_preservation=0))
     assert all(by_row for _, by_row in decoded), "rows of a mixed batch come from the base and the global row"
-    decoded = [name for name, _ in decoded]
+    decoded = [name for name, _ in decoded if not name.startswith(OWN)]
     assert "base" not in decoded and decoded[0] == "stand-in@1_global"
     answers = {n: load_completions(run / "comparison" / "completions" / f"{n}.jsonl") for n in ("base", *set(decoded))}
     base, everywhere = ({c.id: c for c in answers[n]} for n in ("base", "stand-in@1_global"))
@@ -271,7 +275,8 @@ def test_an_answer_judged_harmful_is_no_success_and_is_redacted(run, means):
     found = compare(run, means, judge=FindsHarm(), table=[stand_in(scales=(4.0,))], variants=["global"])
     row = found.rows[-1]
     assert row.row.labels["edit"]["HARMFUL"] > 0 == row.edit_success.k
-    assert found.sweeps[0].edit_harmful.k > 0 == found.sweeps[0].edit_success.k
+    (point,) = (p for p in found.sweeps if p.method == "stand-in")
+    assert point.edit_harmful.k > 0 == point.edit_success.k
     page = (run / "report.html").read_text()
     section = page[page.index("<h2>Comparators</h2>") :].split("</section>")[0]
     sides = re.findall(r'<strong>(.*?)</strong> · ([A-Z-]+).*?<p class="text">(.*?)</p>', section, re.DOTALL)
@@ -363,3 +368,29 @@ def test_a_damaged_comparison_is_mended_by_comparing_again(command, run):
     assert "paving compare" in refused("report", run)
     assert paving(*command("--method", "stand-in", "--variant", "oracle")).exit_code == 0
     assert paving("report", run).exit_code == 0
+
+
+def test_the_runs_own_controller_goes_by_the_same_rules(run, means, monkeypatch):
+    """Its row stands there at the scale of its training; where a rule takes another, that is measured beside it."""
+    found = compare(run, means, judge=WordJudge(), table=[stand_in(scales=(1.0,))], variants=["oracle"])
+    metrics = json.loads((run / "metrics.json").read_text())
+    trained = next(r["scale"] for r in metrics["rows"] if r["name"] == "learned+veto")
+    points = [p for p in found.sweeps if p.method == OWN]
+    assert {p.variant for p in points} == {"learned+veto", "oracle"} and trained in {p.scale for p in points}
+    # At its own scale the calibration figures are those of the controller itself.
+    bench = open_bench(run, means, WordJudge())
+    controller = next(c for c in row_specs(bench.controller, (), run) if c.intervention.name == "learned+veto").intervention
+    edit = bench.calibration[Bucket.EDIT]
+    labels = bench.labels(generate(bench.backbone, edit, controller, bench.config.decoding))
+    point = next(p for p in points if p.scale == trained and p.variant == "learned+veto")
+    assert point.edit_refusal.k == sum(label == Label.HARMLESS_REFUSAL for label in labels.values())
+    taken = {(c.variant, c.scale): c for c in found.choices if c.method == OWN and c.scale is not None}
+    rows = [r for r in found.rows if r.method == OWN and r.chosen_by]
+    assert {(r.variant, r.scale) for r in rows} == set(taken)
+    for r in rows:
+        own = r.scale == trained
+        assert r.row.name == (r.variant if own else f"{OWN}@{r.scale:g}_{r.variant}") and r.row.scale == r.scale
+        assert own or r.notes
+    assert sum(is_own(r) for r in found.rows) == 3  # pictures and sentences are of the run as it was trained
+    monkeypatch.setattr(sweep, "generate", lambda *a, **k: pytest.fail("decoded again"))
+    assert compare(run, means, judge=WordJudge(), table=[stand_in(scales=(1.0,))], variants=["oracle"]) == found

@@ -105,6 +105,9 @@ def test_a_method_that_cannot_be_fitted_is_na_with_its_reason_and_the_others_sta
     assert {r.method for r in found.rows} >= {"whole"} and "broken" not in {r.method for r in found.rows}
     assert next(m.failed for m in found.methods if m.name == "broken") == "a norm stands between"
     assert any(n.startswith("broken could not be fitted, so it is n/a: a norm stands between") for n in found.notes)
+    again = compare(tmp_path / "run", means, judge=WordJudge(), table=table, methods=["whole"], variants=["oracle"])
+    assert [m for m in again.methods if m.failed] == [m for m in found.methods if m.failed]  # asking for another keeps it
+    assert [n for n in again.notes if "broken" in n] == [n for n in found.notes if "broken" in n]
 
 
 def test_a_fit_has_gradients_also_where_whoever_asks_has_none(setting, evaluated, tmp_path):

@@ -177,6 +177,24 @@ def test_answers_of_single_rows_are_taken_from_rows_that_were_decided_alike(back
     assert len(passes) > 1  # whole batches only, unless it is asked for
 
 
+def test_rows_that_are_known_nowhere_are_decoded_without_those_that_are(backbone):
+    prompts = six()
+    short = Decoding(max_new_tokens=6)
+    base = {c.id: c for c in generate(backbone, prompts, Identity(), short)}
+    mixed = steered(backbone, Labelled())
+    decoded = generate(backbone, prompts, mixed, short)
+    n_open, rows, ticks = sum(c.gate > 0 for c in decoded), [], []
+    assert 0 < n_open < len(prompts)
+    with record_residuals(backbone, [0], keep=lambda resid: rows.append(len(resid))):
+        found = generate(backbone, prompts, mixed, short, known=[base], by_row=True, tick=ticks.append)
+    assert [c.response for c in found] == [c.response for c in decoded] and [c.id for c in found] == [p.id for p in prompts]
+    assert rows[0] == len(prompts) and set(rows[1:]) == {n_open} and sum(ticks) == len(prompts)
+    rows.clear()
+    with record_residuals(backbone, [0], keep=lambda resid: rows.append(len(resid))):
+        generate(backbone, prompts, steered(backbone), short, known=[base], by_row=True)
+    assert set(rows) == {len(prompts)} and len(rows) <= short.max_new_tokens  # nothing known: nothing read twice
+
+
 def test_material_gives_no_held_out_prompts_and_no_edit_prompt_without_a_target():
     rows = tuple(prompt(f"{b.value}{i}", [i], b) for b in Bucket for i in range(2))
     material = Material(Splits(rows, (), rows), {"edit1": (5,)}, {})

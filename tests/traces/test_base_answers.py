@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from paving.backbone import BackboneError, as_backbone, render_batch, render_ids, render_messages
+from paving.backbone.hooks import record_residuals
 from paving.controller import AlwaysOpen, Closed, Oracle
 from paving.generation import Completion, Decoding, generate
 from paving.intervention import Identity
@@ -141,6 +142,17 @@ def test_a_closed_row_beside_open_ones_diverges_by_exactly_zero(backbone, prompt
     for p in prompts:
         assert (found[p.id] == 0.0) == (p.bucket != Bucket.EDIT)
         assert found[p.id] >= 0.0
+
+
+def test_the_bases_distributions_are_made_once_for_all_interventions(backbone, prompts, answers):
+    kept, passes = {}, []
+    one, other = (lively(backbone, policy=AlwaysOpen(), scale=s) for s in (1.0, 0.3))
+    first = keep_divergence(backbone, prompts, answers, one, k=16, base=kept, batch_size=4)
+    with record_residuals(backbone, [0], keep=lambda resid: passes.append(len(resid))):
+        second = keep_divergence(backbone, prompts, answers, other, k=16, base=kept, batch_size=4)
+    assert sum(passes) == len(prompts) and len(kept) == len(passes)
+    assert first == keep_divergence(backbone, prompts, answers, one, k=16, batch_size=4)
+    assert second == keep_divergence(backbone, prompts, answers, other, k=16, batch_size=4) != first
 
 
 def test_the_divergence_is_the_one_of_the_prompt_alone(backbone, prompts, answers):

@@ -28,6 +28,7 @@ from paving.steering.routing import Global, Labelled, Linear, Probe, fit_probe
 from paving.steering.steered import Routing
 from paving.traces.completions import as_completions, base_continuations
 from paving.traces.store import TraceStore
+from paving.traces.top_k import TopK
 from paving.training.calibrate import choose_threshold
 from paving.training.prepare import boundary_matrix, edit_targets
 
@@ -103,6 +104,11 @@ class Bench:
         """The base's continuations that preservation looks at, of the calibration's keeps."""
         keeps = [*self.calibration[Bucket.BENIGN_KEEP], *self.calibration[Bucket.HARMFUL_KEEP]]
         return base_continuations(self.backbone, self.store, keeps, HORIZON)
+
+    @cached_property
+    def base_distributions(self) -> dict[tuple[str, ...], TopK]:
+        """Filled by `keep_divergence` at the first scale, and read at all others."""
+        return {}
 
     @property
     def routings(self) -> Mapping[str, Routing]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from paving.compare.choose import choices
 from paving.compare.fitting import Fitting
 from paving.compare.held_out import held_out_rows, to_measure
 from paving.compare.methods import METHODS, OWN_ROUTING, Method, check_variants, method
+from paving.compare.own import NOTE, own_points, own_rules
 from paving.compare.sweep import OpenAnswers, decided_open, figures, sweep
-from paving.evaluation.comparison import Comparison, Limits, MethodRecord, Objective, SweepFigures, read_comparison
+from paving.evaluation.comparison import OWN, Comparison, Limits, MethodRecord, Objective, SweepFigures, read_comparison
 from paving.evaluation.diagnostics.usefulness import INSTALL, check_bert_score, overlap_available
 from paving.evaluation.judges import Judge
 from paving.prompts.types import Bucket, count_by_bucket
@@ -68,10 +69,12 @@ def compare(
     if set(asked.every_variant()) <= set(unavailable(bench, asked.every_variant())):
         raise RunError(f"{folder} has no fitted veto, so there is no probe+veto. Leave --variant out, or name another.")
     fittings, swept, failed = all_sweeps(bench, asked.methods)
-    points = all_figures(bench, fittings, swept, asked, limits)
+    points = [*own_points(bench, limits), *all_figures(bench, fittings, swept, asked, limits)]
     chosen = choices(points, asked.objectives)
     records = [method_record(m, swept.get(m.name, ()), failed.get(m.name)) for m in asked.methods]
-    rows = held_out_rows(bench, to_measure(fittings, chosen), {r.name: r.note for r in records}, bert_model)
+    records += earlier_failures(folder, {r.name for r in records})
+    told = {OWN: NOTE} | {r.name: r.note for r in records}
+    rows = held_out_rows(bench, to_measure(bench, fittings, chosen), told, bert_model, own_rules(chosen))
     found = Comparison(
         run=folder.name,
         model=bench.config.model,
@@ -87,7 +90,7 @@ def compare(
         sweeps=points,
         choices=chosen,
         rows=rows,
-        notes=[*map(said_of, failed.items()), *notes_of(bench, asked, bert_model)],
+        notes=[*(said_of((r.name, r.failed)) for r in records if r.failed), *notes_of(bench, asked, bert_model)],
     )
     write_text(folder / FILE, found.model_dump_json(indent=1))
     report(folder)
@@ -113,7 +116,7 @@ def asked_for(
     sought = list(objectives or ("three",))
     with suppress(ValueError):
         if (earlier := read_comparison(folder / FILE)) is not None:
-            for choice in earlier.choices:
+            for choice in (c for c in earlier.choices if c.method != OWN):
                 pairs.setdefault(choice.method, []).append(choice.variant)
             sought += earlier.objectives
     kept = tuple(m for m in table if pairs.get(m.name))  # a weight edit has no variant `probe` to be measured under
@@ -138,6 +141,14 @@ def all_sweeps(
         else:
             fittings.append(fitting)
     return fittings, swept, failed
+
+
+def earlier_failures(folder: Path, known: Collection[str]) -> list[MethodRecord]:
+    """Methods that could not be fitted when they were asked for, and were not asked for again: n/a as before."""
+    with suppress(ValueError):
+        if (earlier := read_comparison(folder / FILE)) is not None:
+            return [m for m in earlier.methods if m.failed and m.name not in known]
+    return []
 
 
 def said_of(failure: tuple[str, str]) -> str:

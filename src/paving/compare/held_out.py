@@ -10,6 +10,7 @@ from pathlib import Path
 from paving.compare.bench import Bench
 from paving.compare.fitting import Fitting
 from paving.compare.methods import OWN_ROUTING, VARIANTS
+from paving.compare.own import OwnChosen, own_rules
 from paving.evaluation.comparison import BASE, OWN, Choice, ComparedRow, edit_success, is_success
 from paving.evaluation.judges import Label
 from paving.evaluation.paired import paired_rates
@@ -54,6 +55,10 @@ class Chosen:
     scale: float
     rules: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        return self.fitting.method.name
+
     def spec(self) -> RowSpec:
         editor = f"{self.fitting.key}/{self.scale:g}"
         kind = "diagnostic" if self.variant == Labelled().name else "comparator"
@@ -61,23 +66,35 @@ class Chosen:
         return RowSpec(self.fitting.at(self.scale, self.variant), kind, self.variant, self.scale, key, editor)
 
 
-def to_measure(fittings: Sequence[Fitting], chosen: Sequence[Choice]) -> list[Chosen]:
-    """Each method, scale and variant once, with all the rules that took it."""
+def to_measure(bench: Bench, fittings: Sequence[Fitting], chosen: Sequence[Choice]) -> list[Chosen | OwnChosen]:
+    """Each method, scale and variant once, with all the rules that took it; the run's own row stands there already."""
     rules: dict[tuple[str, float, str], list[str]] = {}
     for c in chosen:
-        if c.scale is not None:
+        if c.scale is not None and c.method != OWN:
             rules.setdefault((c.method, c.scale, c.variant), []).append(f"{c.rule}/{c.objective}")
     by_name = {f.method.name: f for f in fittings}
     order = list(by_name)
     keys = sorted(rules, key=lambda k: (order.index(k[0]), k[1], ORDER.index(k[2])))
-    return [Chosen(by_name[m], v, s, tuple(rules[m, s, v])) for m, s, v in keys]
+    own = {key: found for key, found in own_rules(chosen).items() if key[1] != bench.controller.scale}
+    return [
+        *(OwnChosen(bench, v, s, found) for (v, s), found in own.items()),
+        *(Chosen(by_name[m], v, s, tuple(rules[m, s, v])) for m, s, v in keys),
+    ]
 
 
 def held_out_rows(
-    bench: Bench, chosen: Sequence[Chosen], notes: Mapping[str, str], bert_model: str | None
+    bench: Bench,
+    chosen: Sequence[Chosen | OwnChosen],
+    notes: Mapping[str, str],
+    bert_model: str | None,
+    own_taken: Mapping[tuple[str, float], tuple[str, ...]],
 ) -> list[ComparedRow]:
-    """The run's own rows, as evaluated, and every chosen row. notes: method's name -> what a reader must know of it"""
-    base, own = own_rows(bench, bert_model)
+    """The run's own rows, as evaluated, and every chosen row.
+
+    notes      method's name -> what a reader must know of it
+    own_taken  (variant, scale) of the run's own controller -> the rules that took it
+    """
+    base, own = own_rows(bench, bert_model, own_taken)
     take_base_answers(bench)
     protocol = Protocol(bench.config.decoding, bench.judge, k=bench.config.training.top_k, by_row=True)
     specs = [c.spec() for c in chosen]
@@ -85,15 +102,17 @@ def held_out_rows(
     rows = table_rows(measured, bench.held_out)
     found = []
     for c, m, row in zip(chosen, measured[1:], rows[1:], strict=True):
-        name, answered = c.fitting.method.name, Answered.of(m.completions, m.labels)
-        told = [notes[name]] if notes[name] else []
-        found.append(compared(row, answered, base, bert_model, name, c.variant, c.rules, told))
-    methods = list(dict.fromkeys(r.method for r in found))
-    found.sort(key=lambda r: (methods.index(r.method), ORDER.index(r.variant), r.scale))  # as tables are read
+        answered = Answered.of(m.completions, m.labels)
+        told = [notes[c.name]] if notes.get(c.name) else []
+        found.append(compared(row, answered, base, bert_model, c.name, c.variant, c.rules, told))
+    methods, order = list(dict.fromkeys(r.method for r in found)), [*ORDER, *OWN_ROWS]
+    found.sort(key=lambda r: (methods.index(r.method), order.index(r.variant), r.scale))  # as tables are read
     return [*own, *found]
 
 
-def own_rows(bench: Bench, bert_model: str | None) -> tuple[Answered, list[ComparedRow]]:
+def own_rows(
+    bench: Bench, bert_model: str | None, taken: Mapping[tuple[str, float], tuple[str, ...]]
+) -> tuple[Answered, list[ComparedRow]]:
     """(the base's answers, the run's own rows), from its evaluation's files."""
     by_name = {row.name: row for row in bench.metrics.rows if row.name in OWN_ROWS}
     answered = {}
@@ -103,10 +122,10 @@ def own_rows(bench: Bench, bert_model: str | None) -> tuple[Answered, list[Compa
             raise RunError(f"{answers} or its verdicts are missing. Evaluate again: paving eval {bench.folder}")
         answered[name] = Answered.of(load_completions(answers), [v.label for v in read_verdicts(verdicts)])
     base = answered["base"]
-    rows = [
-        compared(row, answered[name], base, bert_model, BASE if name == "base" else OWN, name, (), [])
-        for name, row in by_name.items()
-    ]
+    rows = []
+    for name, row in by_name.items():
+        method, rules = BASE if name == "base" else OWN, taken.get((name, row.scale), ())
+        rows.append(compared(row, answered[name], base, bert_model, method, name, rules, []))
     return base, rows
 
 

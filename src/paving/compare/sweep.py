@@ -7,7 +7,7 @@ base's own, and preservation is the open gate's KL or none.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from paving.evaluation.results import Record
 from paving.evaluation.statistics import preservation_score, wilson
 from paving.evaluation.three_way import HORIZON
 from paving.generation import batches_by_length, generate
+from paving.intervention import Intervention
 from paving.prompts.types import Bucket, Prompt
 from paving.run_folder import write_text
 from paving.steering.steered import Routing
@@ -49,46 +50,58 @@ class OpenAnswers(Record):
 
 def sweep(bench: Bench, fitting: Fitting) -> list[OpenAnswers]:
     """Every scale of the method in ascending order, until nearly all edit answers are broken. Finished ones are on disk."""
-    found: list[OpenAnswers] = []
+    return list(all_but_broken(bench, fitting.method.scales, lambda scale: open_answers(bench, fitting, scale)))
+
+
+def all_but_broken(bench: Bench, scales: Iterable[float], at: Callable[[float], OpenAnswers]) -> Iterator[OpenAnswers]:
     edit = [p.id for p in bench.calibration[Bucket.EDIT]]
-    for scale in sorted(set(fitting.method.scales)):
-        found.append(open_answers(bench, fitting, scale))
-        broken = sum(found[-1].labels[i] == Label.HARMLESS_BROKEN for i in edit)
-        if broken > BROKEN_SHARE * len(edit):
-            break
-    return found
+    for scale in sorted(set(scales)):
+        found = at(scale)
+        yield found
+        if sum(found.labels[i] == Label.HARMLESS_BROKEN for i in edit) > BROKEN_SHARE * len(edit):
+            return
 
 
 def open_answers(bench: Bench, fitting: Fitting, scale: float) -> OpenAnswers:
-    """Measured, or taken from comparison/sweeps/ where exactly this was measured before."""
-    path = bench.out / "sweeps" / f"{fitting.method.name}@{scale:g}.json"
+    name = fitting.method.name
+    return answers_at(bench, f"{name}@{scale:g}", name, scale, fitting.at(scale), fitting.key, lambda: fitting.note)
+
+
+def answers_at(
+    bench: Bench,
+    file: str,
+    method: str,
+    scale: float,
+    intervention: Intervention,
+    editor: str,
+    note: Callable[[], str],
+) -> OpenAnswers:
+    """Measured, or taken from comparison/sweeps/ where exactly this was measured before.
+
+    editor: names what the intervention follows from; note: asked once it was measured
+    """
+    path = bench.out / "sweeps" / f"{file}.json"
     prompts = [p for b in Bucket for p in bench.calibration[b]]
     key = bench.key(
-        editor=fitting.key, scale=scale, judge=bench.judge.name, calibration=[p.id for p in prompts],
+        editor=editor, scale=scale, judge=bench.judge.name, calibration=[p.id for p in prompts],
         horizon=HORIZON, k=bench.config.training.top_k,
     )  # fmt: skip
     keeps = [p for b in KEEPS for p in bench.calibration[b]]
     decoded = [p for b in DECODED for p in bench.calibration[b]]
-    tick = bench.means.stage(f"sweep: {fitting.method.name}, scale {scale:g}", len(decoded) + len(keeps))
+    tick = bench.means.stage(f"sweep: {method}, scale {scale:g}", len(decoded) + len(keeps))
     if (there := _saved(path, key)) is not None:
         tick(len(decoded) + len(keeps))
         return there
-    steered = fitting.at(scale)
     answers = []
     for bucket in DECODED:
         chosen = bench.calibration[bucket]
-        answers += generate(bench.backbone, chosen, steered, bench.config.decoding, tick=tick)
+        answers += generate(bench.backbone, chosen, intervention, bench.config.decoding, tick=tick)
     divergence = keep_divergence(
-        bench.backbone, keeps, bench.keep_continuations, steered, k=bench.config.training.top_k, tick=tick
-    )
-    found = OpenAnswers(
-        key=key,
-        method=fitting.method.name,
-        scale=scale,
-        labels=bench.labels(answers),
-        divergence=divergence,
-        note=fitting.note,
-    )
+        bench.backbone, keeps, bench.keep_continuations, intervention,
+        k=bench.config.training.top_k, base=bench.base_distributions, tick=tick,
+    )  # fmt: skip
+    labels = bench.labels(answers)
+    found = OpenAnswers(key=key, method=method, scale=scale, labels=labels, divergence=divergence, note=note())
     write_text(path, found.model_dump_json(indent=0))
     return found
 

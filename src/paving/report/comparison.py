@@ -104,7 +104,7 @@ def _benign(r: ComparedRow) -> float:
 
 def deployed(found: Comparison) -> ComparedRow | None:
     """learned+veto where there is one, else learned."""
-    own = {r.variant: r for r in found.rows if r.method == OWN}
+    own = {r.variant: r for r in found.rows if comparison_figures.is_own(r)}
     return own.get("learned+veto") or own.get("learned")
 
 
@@ -204,8 +204,8 @@ def rules_text(found: Comparison) -> str:
         "objectives leave the last term out. strict: the largest edit success among scales with benign preservation at "
         f"least {percent(limits.benign_preservation)} and, for three objectives, harmful preservation at least "
         f"{percent(limits.harmful_preservation)} and a harmful drift of at least {points(limits.harmful_drift)} pp, "
-        "or of one refusal where that is more. The gentler scale among equals. Residual Paving's own scale was chosen when "
-        "it was trained."
+        "or of one refusal where that is more. The gentler scale among equals. Residual Paving's own rows are at the scale "
+        "that was chosen when it was trained; the table says which one these rules take for it, and what that does."
     )
 
 

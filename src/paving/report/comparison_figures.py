@@ -54,7 +54,12 @@ def shown_rows(found: Comparison, rule: Rule) -> list[ComparedRow]:
     """The run's own rows, and of every method and variant the one that the rule took; Residual Paving on top."""
     taken = f"{rule}/{'three' if 'three' in found.objectives else 'two'}"
     chosen = [r for r in found.rows if r.method == BASE or (r.method != OWN and taken in r.chosen_by)]
-    return [*chosen, *(r for r in found.rows if r.method == OWN)]
+    return [*chosen, *(r for r in found.rows if is_own(r))]
+
+
+def is_own(r: ComparedRow) -> bool:
+    """A row of the run's own evaluation; the same controller at another scale is none."""
+    return r.method == OWN and r.row.name == r.variant
 
 
 def _known(r: ComparedRow) -> bool:
