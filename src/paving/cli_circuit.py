@@ -117,13 +117,15 @@ def compose_deltas(
         typer.Option(help="Where circuits share a channel: largest, sum or mean. Default: the one delta's own, or largest."),
     ] = None,
     without: Annotated[list[str] | None, typer.Option(help="Leave out a category of a composed delta.")] = None,
+    scale: Annotated[float, typer.Option(help="Of every category's α: together they cost more than each alone.")] = 1.0,
 ) -> None:
     """Several categories in one delta, overlap resolved channel by channel; --without takes one out again."""
     from paving.circuit.compose import compose, subtract
     from paving.circuit.delta_files import load_delta, save_delta
 
     loaded = [load_delta(d) for d in deltas]
-    whole = loaded[0] if overlap is None and len(loaded) == 1 else compose(loaded, overlap=overlap or "largest")
+    as_it_is = overlap is None and scale == 1.0 and len(loaded) == 1
+    whole = loaded[0] if as_it_is else compose(loaded, overlap=overlap or "largest", scale=scale)
     for category in without or ():
         whole = subtract(whole, category)
     save_delta(whole, folder)

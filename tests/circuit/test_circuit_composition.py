@@ -174,3 +174,16 @@ def test_what_cannot_be_composed_is_one_clear_error(backbone):
         subtract(compose([delta, hate]), "health")
     with pytest.raises(CircuitError, match="'crime' is all there is"):
         subtract(delta, "crime")
+
+
+def test_a_scale_weakens_every_category_alike_and_takes_away_figures_of_another_alpha(base, three):
+    measured = [with_metrics(d, {"benign_over_refusal": RATE}) for d in three]
+    whole, half = compose(measured), compose(measured, scale=0.5)
+    assert [c.alpha for c in half.description.components] == [c.alpha / 2 for c in whole.description.components]
+    assert whole.description.components[0].metrics and not any(c.metrics for c in half.description.components)
+    assert half.alpha == 1.0
+    for layer, values in half.edited().items():  # as the composition at that alpha, but for one rounding
+        torch.testing.assert_close(values.float(), whole.edited(0.5)[layer].float(), rtol=1e-2, atol=1e-3)
+    assert same(subtract(half, "hate"), compose([d for d in measured if d.description.categories != ("hate",)], scale=0.5))
+    with pytest.raises(CircuitError, match="alpha -"):
+        compose(three, scale=-1.0)

@@ -44,9 +44,9 @@ Each row: that category's edit alone, at the alpha of its row. Rates are k/n, pe
 {% for name in metrics %}| {{ cell(name | replace("_", " ")) }} | {{ rate(metrics, name) }} |
 {% endfor %}{% endif %}
 {% if "benign_over_refusal" not in metrics %}Benign over-refusal was not measured with this checkpoint: n/a (n=0). \
-{% if d.composition %}Measure it, and harmful refusal, before sharing, with the run of each category: \
-`paving circuit evaluate RUN --delta DELTA`.{% elif alpha == d.alpha %}Measure it, and harmful refusal, before sharing: \
-`paving circuit evaluate RUN`.{% else %}Figures at another alpha say nothing of this one.{% endif %}
+{% if alpha != d.alpha %}Figures at another alpha say nothing of this one.{% elif d.composition %}Measure it, and harmful \
+refusal, before sharing, with the run of each category: `paving circuit evaluate RUN --delta DELTA`.{% else %}Measure it, \
+and harmful refusal, before sharing: `paving circuit evaluate RUN`.{% endif %}
 
 {% endif %}## Use and limits
 

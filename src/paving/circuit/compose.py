@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from paving.backbone.weights import same_bits
-from paving.circuit.delta import Delta, assemble
+from paving.circuit.delta import Delta, assemble, check_alpha
 from paving.circuit.description import Component, Composition
 from paving.circuit.mask import CircuitError, Mask
 from paving.circuit.overlap import Overlap, positions, union
 from paving.circuit.slices import SliceDelta
 
 
-def compose(deltas: Sequence[Delta], *, overlap: Overlap = "largest") -> Delta:
+def compose(deltas: Sequence[Delta], *, overlap: Overlap = "largest", scale: float = 1.0) -> Delta:
     """One delta of several categories on one base, overlap resolved channel by channel.
 
     overlap  what holds on a channel that several circuits share: `largest`, the α_i·Δ_i with the largest norm there;
@@ -24,10 +24,14 @@ def compose(deltas: Sequence[Delta], *, overlap: Overlap = "largest") -> Delta:
              its own, where a sum adds up what circuits of refusal have in common, and a mean weakens each of them. The
              paper resolves overlap per neuron too; its rule (algorithm 2) could not be found.
 
+    scale    of every α: what several edits cost adds up, so that together each has to be weaker to keep to a limit. What was
+             measured of a component at its own α is then left out
+
     Every component keeps its values and its α, which is folded in: the α of a composition is 1. The order of `deltas`
     does not matter. Compositions among them are taken apart first; one component alone is given back as it was.
 
-    raises CircuitError for no delta, a category that is there twice, or deltas of different bases or readings
+    raises CircuitError for no delta, a scale that is not positive, a category that is there twice, or deltas of different
+    bases or readings
     """
     if not deltas:
         raise CircuitError("nothing to compose: give at least one delta.")
@@ -40,7 +44,7 @@ def compose(deltas: Sequence[Delta], *, overlap: Overlap = "largest") -> Delta:
         _check_kin(deltas[0], other)
     within = union([d.mask for d in deltas])
     base = {layer: _shared_base(deltas, within, layer) for layer in within.channels}
-    held = sorted((pair for d in deltas for pair in _components(d)), key=lambda pair: pair[0].category)
+    held = sorted((_scaled(*pair, scale) for d in deltas for pair in _components(d)), key=lambda pair: pair[0].category)
     return _joined(deltas, within, base, held, overlap)
 
 
@@ -60,6 +64,12 @@ def subtract(composed: Delta, category: str) -> Delta:
 
 def _components(delta: Delta) -> list[tuple[Component, SliceDelta]]:
     return list(zip(delta.description.components, delta.parts, strict=True))
+
+
+def _scaled(component: Component, part: SliceDelta, scale: float) -> tuple[Component, SliceDelta]:
+    if scale == 1.0:
+        return component, part
+    return component.model_copy(update={"alpha": check_alpha(component.alpha * scale), "metrics": {}}), part
 
 
 def _joined(
