@@ -79,7 +79,7 @@ class KeptRun(Run):
         return self.kept.groups
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=("paper", "same-source"))
     parser.add_argument("--out", type=Path, default=Path(".bench"))
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--method", action="append", default=[], choices=[m.name for m in METHODS])
     parser.add_argument("--finished", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folders = {seed: arguments.out / f"{arguments.protocol}-seed{seed}" for seed in arguments.seeds}
     absent = [f for f in folders.values() if not (f / "metrics.json").exists()]
     if absent and not arguments.finished:  # all of them before the first hour is spent

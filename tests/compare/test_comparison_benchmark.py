@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 from stand_in import stand_in
@@ -45,6 +46,26 @@ def test_kept_counts_give_the_runs_own_table_and_hold_no_text(script, compared, 
     rows = [json.loads(line) for line in (compared / "completions" / "base.jsonl").read_text(encoding="utf-8").splitlines()]
     said = [t for row in rows for t in (row["prompt"], row["response"]) if len(t) > 8]
     assert said and str(compared.parent) not in text and not any(t in text for t in said)
+
+
+def test_the_command_measures_keeps_and_shows_the_same_again_without_the_run(
+    script, setting, evaluated, tmp_path, monkeypatch, capsys
+):
+    bench = script("comparison")
+    shutil.copytree(evaluated, tmp_path / "out" / "same-source-seed0")
+    table = (stand_in("one", scales=(1.0,)),)
+    monkeypatch.setattr(bench, "compare", partial(compare, judge=WordJudge(), table=table))
+    asked = ["same-source", "--out", str(tmp_path / "out"), "--kept", str(tmp_path / "kept"), "--seeds", "0"]
+    bench.main(asked)
+    shown = capsys.readouterr().out
+    assert "| one/oracle/control/three | 1 of 1 | 1 |" in shown and "same-source-seed0, one: made up for a test" in shown
+    shutil.rmtree(tmp_path / "out")
+    bench.main([*asked, "--finished"])
+    assert capsys.readouterr().out == shown
+    with pytest.raises(SystemExit, match=r"same-source-seed0 is not there\. Run first"):
+        bench.main(asked)
+    with pytest.raises(SystemExit, match="nothing is measured in"):
+        bench.main([*asked[:-1], "7", "--finished"])
 
 
 def test_a_row_is_pooled_over_the_seeds_that_have_it_and_says_so(script, compared, tmp_path):
