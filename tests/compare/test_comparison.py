@@ -226,7 +226,7 @@ def test_a_variants_figures_are_those_of_decoding_it(bench):
 def test_only_the_oracle_reads_labels(bench):
     prompts = flat(bench.calibration)
     shuffled = [replace(p, bucket=b) for p, b in zip(prompts, reversed([p.bucket for p in prompts]), strict=True)]
-    for variant, routing in bench.routings.items():
+    for variant, routing in ((v, bench.routing(v)) for v in EVERY):
         one, two = (decided_open(bench.backbone, ps, routing) for ps in (prompts, shuffled))
         assert (one == two) == (variant != Labelled().name)
         assert variant == "global" or len(set(one.values())) == 2

@@ -19,6 +19,7 @@ from paving.prompts.types import Bucket, SplitName
 from paving.steering.checks import SteeringError
 from paving.steering.dim import DimConfig, fit_dim
 from paving.steering.rdo import RDOConfig
+from paving.steering.routing import Labelled
 from paving.training.prepare import silent
 from tiny_material import REFUSAL_FIRST, tiny_material
 from tiny_models import logits_of, tiny_backbone
@@ -122,3 +123,19 @@ def test_a_fit_has_gradients_also_where_whoever_asks_has_none(setting, evaluated
     fitting = Fitting(stand_in("trained", trained), open_bench(evaluated, means, WordJudge()))
     with torch.no_grad():
         assert torch.equal(fitting.editor.vector, torch.ones(32))
+
+
+def test_a_methods_own_condition_is_fitted_once_for_all_comparisons(setting, evaluated, tmp_path, monkeypatch):
+    """Which prompts it opens on is kept; also what the probe opens on, which is the same for every method."""
+    _, means = setting
+    shutil.copytree(evaluated, tmp_path / "run")
+    own = {"own": lambda editor: Labelled(), "variants": ("probe", "own"), "scales": (1.0,)}
+    first = compare(tmp_path / "run", means, judge=WordJudge(), table=(stand_in("conditional", **own),))
+    assert {r.variant for r in first.rows if r.method == "conditional"} <= {"probe", "own"}
+    monkeypatch.setattr("paving.compare.bench.fit_probe", lambda *_: pytest.fail("fitted again"))
+    unfit = stand_in("conditional", lambda _shop: pytest.fail("fitted again"), **own)
+    assert compare(tmp_path / "run", means, judge=WordJudge(), table=(unfit,)) == first
+    path = tmp_path / "run" / "comparison" / "decisions" / "probe.json"
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(pytest.fail.Exception, match="fitted again"):
+        compare(tmp_path / "run", means, judge=WordJudge(), table=(unfit,))

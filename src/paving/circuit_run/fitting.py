@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from paving.backbone import Backbone, PromptBatch
 from paving.circuit.pairs import Pair
 from paving.circuit_run.config import CircuitConfig
@@ -32,7 +34,8 @@ class Fitting:
     @cached_property
     def fitted(self) -> Fitted:
         self.means.say(f"fitting {self.name}")
-        return self._fit()
+        with torch.inference_mode(False), torch.enable_grad():  # whoever asks first may be measuring, without gradients
+            return self._fit()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from paving.backbone import Backbone
-from paving.compare.methods import VARIANTS
 from paving.compare.workshop import Workshop
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import load_controller
@@ -110,12 +109,14 @@ class Bench:
         """Filled by `keep_divergence` at the first scale, and read at all others."""
         return {}
 
-    @property
-    def routings(self) -> Mapping[str, Routing]:
-        """Variant -> routing, the same for every method. Without a fitted veto there is no probe+veto."""
-        probe = self.probe
-        found = (Global(), probe, None if self.veto is None else replace(probe, veto=self.veto), Labelled())
-        return {r.name: r for r in found if r is not None}
+    def routing(self, variant: str) -> Routing:
+        """The same for every method. Without a fitted veto there is no probe+veto: see `unavailable`."""
+        match variant:
+            case "probe":
+                return self.probe
+            case "probe+veto":
+                return replace(self.probe, veto=self.veto)
+        return next(r for r in (Global(), Labelled()) if r.name == variant)
 
     @cached_property
     def probe(self) -> Probe:
@@ -187,4 +188,4 @@ def open_bench(folder: Path, means: Means, judge: Judge | None = None) -> Bench:
 
 def unavailable(bench: Bench, variants: Sequence[str]) -> list[str]:
     """Variants that were asked for and that this run cannot have."""
-    return [v for v in variants if v in VARIANTS and v not in bench.routings]
+    return [v for v in variants if v == "probe+veto" and bench.veto is None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from paving.backbone import BackboneError
@@ -14,7 +15,7 @@ from paving.compare.fitting import Fitting
 from paving.compare.held_out import held_out_rows, to_measure
 from paving.compare.methods import METHODS, OWN_ROUTING, Method, check_variants, method
 from paving.compare.own import NOTE, own_points, own_rules
-from paving.compare.sweep import OpenAnswers, decided_open, figures, sweep
+from paving.compare.sweep import OpenAnswers, figures, kept_decisions, sweep
 from paving.evaluation.comparison import OWN, Comparison, Limits, MethodRecord, Objective, SweepFigures, read_comparison
 from paving.evaluation.diagnostics.usefulness import INSTALL, check_bert_score, overlap_available
 from paving.evaluation.judges import Judge
@@ -170,10 +171,10 @@ def all_figures(
     for fitting in fittings:
         name = fitting.method.name
         for variant in (v for v in asked.variants[name] if v not in missing):
-            routing = fitting.routing(variant)
-            place = f"{name}'s own" if variant == OWN_ROUTING else variant
+            place = f"{name}'s-own" if variant == OWN_ROUTING else variant
             if place not in shared:
-                shared[place] = decided_open(bench.backbone, prompts, routing)
+                follows_from = fitting.key if variant == OWN_ROUTING else bench.routing_key(variant)
+                shared[place] = kept_decisions(bench, place, follows_from, prompts, partial(fitting.routing, variant))
             for answers in swept[name]:
                 points.append(figures(answers, variant, shared[place], bench.base_labels, bench.calibration, limits))
     return points

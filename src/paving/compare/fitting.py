@@ -45,7 +45,7 @@ class Fitting:
         return self.bench.key(method=self.method.name, version=self.method.version)
 
     def routing(self, variant: str) -> Routing:
-        return _Own(self) if variant == OWN_ROUTING else self.bench.routings[variant]
+        return _Own(self) if variant == OWN_ROUTING else _Shared(self.bench, variant)
 
     def at(self, scale: float, variant: str | None = None) -> Steered:
         """The method at a scale, under one of its variants; None: every gate open."""
@@ -66,6 +66,17 @@ class _Deferred:
 
     def editing(self, backbone: Backbone, batch: PromptBatch, strength: Tensor) -> AbstractContextManager[None]:
         return self.fitting.editor.editing(backbone, batch, strength)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A routing that all methods share: the probe, for one, is fitted when it is first asked."""
+
+    bench: Bench
+    name: str
+
+    def route(self, backbone: Backbone, batch: PromptBatch) -> tuple[RowState, ...]:
+        return self.bench.routing(self.name).route(backbone, batch)
 
 
 @dataclass(frozen=True)
