@@ -111,7 +111,9 @@ def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, mea
     else:
         ood = [f"{args.data / name}.jsonl" for name in ("saladbench", "harmbench")]
         metrics = evaluate(folder, means, against=against, ood=ood)
-        metrics = metrics.model_copy(update={"ood": {name: Path(source).name for name, source in metrics.ood.items()}})
+        files = {name: Path(source).name for name, source in metrics.ood.items()}
+        own = [row for row in metrics.rows if row.name not in metrics.deltas]  # further deltas are no part of this benchmark
+        metrics = metrics.model_copy(update={"ood": files, "deltas": {}, "rows": own})
         found = Kept(config=portable(config), metrics=metrics, curve=metrics.frontier[EDIT])
     keep(found, kept)
 

@@ -157,7 +157,7 @@ def kept_of(run: Run, seconds: float) -> Kept:
     return Kept(
         config=portable(run.config),
         fingerprint=run.fingerprint,
-        metrics=run.metrics,
+        metrics=run.metrics.model_copy(update={"model": Path(run.metrics.model).name}),
         comparison=run.comparison.model_copy(update={"model": Path(run.comparison.model).name}),
         groups={i: run.groups.get(i, i) for each in ids.values() for i in each},
         ids=ids,
@@ -171,7 +171,8 @@ def kept_of(run: Run, seconds: float) -> Kept:
 
 def portable(config: RunConfig) -> RunConfig:
     """The same on every machine: where base and data lie is no part of what was measured."""
-    paths = {name: Path(getattr(config, name)).name for name in ("model", "edit", "benign", "harmful")}
+    named = ("model", "edit", "benign", "harmful", "targets_from")
+    paths = {name: Path(value).name for name in named if (value := getattr(config, name)) is not None}
     return config.model_copy(update=paths)
 
 
@@ -235,8 +236,10 @@ def against_own(setting: Setting, row: str) -> Cell:
         return text("–")
     ours, theirs = ([successes(run, name) for run in setting.runs] for name in (row, setting.deployed))
     found = pooled_difference(ours, theirs, setting.group_of(i for each in ours for i in each)).by_prompt
-    low, high = (100 * v for v in (found.low, found.high))
-    return text(f"{100 * found.value:+.1f}", f"[{low:+.1f}, {high:+.1f}]", value=100 * found.value)
+    if found.value is None:
+        return missing("no prompts that both have answered (n=0)")
+    limits = "[n/a]" if found.low is None or found.high is None else f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    return text(f"{100 * found.value:+.1f}", limits, value=100 * found.value)
 
 
 def successes(run: Run, row: str) -> dict[str, bool]:

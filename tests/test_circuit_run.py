@@ -139,6 +139,17 @@ def test_pairs_that_change_under_a_run_are_refused_for_what_was_trained_on_would
     edit(folder, means, judge=WordJudge())
 
 
+def test_slices_of_other_channels_are_not_put_on_these(files, tmp_path, means):
+    folder = tmp_path / "run"
+    run_whole(files, folder, means)
+    evaluate(folder, means, against=["random"], judge=WordJudge())
+    shutil.copy(folder / "slices.safetensors", folder / "comparators" / "random.safetensors")  # as many, elsewhere
+    source = files / "one_more.jsonl"
+    source.write_text('{"id": "g", "prompt": "w103 w104 w5"}\n', encoding="utf-8")
+    with pytest.raises(RunError, match=r"random\.safetensors was trained on other channels"):
+        evaluate(folder, means, ood=[str(source)], judge=WordJudge())
+
+
 def test_nothing_of_the_compliance_fine_tune_is_written(files, tmp_path, means, monkeypatch):
     """θ− lives in memory only: no file of the run holds its values."""
     from safetensors.torch import load_file

@@ -123,6 +123,9 @@ def test_compose_and_take_out_again(made, tmp_path):
         printed("circuit", "compose", both, *options, "--out", tmp_path / name)
         said = json.loads((tmp_path / name / "delta.json").read_text(encoding="utf-8"))["composition"]["overlap"]
         assert said == ("mean" if options else "largest")
+    printed("circuit", "compose", tmp_path / "mean", "--scale", "0.5", "--out", tmp_path / "weaker")
+    weaker = json.loads((tmp_path / "weaker" / "delta.json").read_text(encoding="utf-8"))
+    assert weaker["composition"]["overlap"] == "mean"  # its own, unless another is asked for
     printed("circuit", "apply", made / "base", back, "--out", tmp_path / "a")
     printed("circuit", "apply", made / "base", made / "other" / "delta", "--out", tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
@@ -145,6 +148,15 @@ def test_a_composition_is_measured_by_the_run_of_each_category_and_its_card_says
     card = (tmp_path / "edited" / "README.md").read_text(encoding="utf-8")
     assert all(f"| {said} |" in card for said in ("refusal of harm", "refusal of other", "benign over refusal"))
     assert "was not measured" not in card
+    figures = json.loads((both / "delta.json").read_text(encoding="utf-8"))["composition"]["metrics"]
+    assert "refusal_of_harm" in figures and "harm_broken" in figures  # of each run its own category
+    before = {p: p.read_bytes() for p in (tmp_path / "run-harm" / "sets").rglob("both.jsonl")}
+    shutil.rmtree(both)
+    printed("circuit", "compose", made / "harm" / "delta", made / "other" / "delta", "--scale", "0.01", "--out", both)
+    text = printed("circuit", "evaluate", tmp_path / "run-harm", "--delta", both)  # another composition in the same place
+    after = {p: p.read_bytes() for p in (tmp_path / "run-harm" / "sets").rglob("both.jsonl")}
+    base = {p: p.with_name("base.jsonl").read_bytes() for p in after}
+    assert "both" in text and before and after != before and after.keys() == base.keys()
     single = json.loads((made / "other" / "delta" / "delta.json").read_text(encoding="utf-8"))
     assert "refusal_of_harm" not in single["components"][0]["metrics"]  # another run's row leaves a single delta alone
     shutil.move(both, tmp_path / "elsewhere")

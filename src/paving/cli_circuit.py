@@ -125,7 +125,9 @@ def compose_deltas(
 
     loaded = [load_delta(d) for d in deltas]
     as_it_is = overlap is None and scale == 1.0 and len(loaded) == 1
-    whole = loaded[0] if as_it_is else compose(loaded, overlap=overlap or "largest", scale=scale)
+    own = loaded[0].description.composition
+    rule = overlap or (own.overlap if len(loaded) == 1 and own is not None else "largest")
+    whole = loaded[0] if as_it_is else compose(loaded, overlap=rule, scale=scale)
     for category in without or ():
         whole = subtract(whole, category)
     save_delta(whole, folder)

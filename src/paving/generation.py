@@ -16,7 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from paving.backbone import Backbone, PromptBatch, checked_ids, pad_left
 from paving.backbone.hooks import contiguous_head_input
 from paving.intervention import Applied, Intervention, RowState
-from paving.processes import gathered, of_all, shared
+from paving.processes import gathered, of_all, rank_and_world, shared
 from paving.prompts.types import Prompt
 
 Tick = Callable[[int], None]
@@ -97,6 +97,10 @@ def generate(
     those that are in none are decoded in batches of their own: the same answers up to rounding, where products depend on
     how many rows there are and are open. `tick(n)`: n more prompts are done.
     """
+    if by_row and (decoding.do_sample or rank_and_world()[1] > 1):
+        raise ValueError(
+            "answers are taken row by row where one process decodes greedily; not by several, nor with sampling."
+        )
     room = decoding.max_new_tokens
     rows = {p.id: checked_ids(backbone, p, room=room) for p in prompts}
     batches: list[list[Completion]] = []

@@ -182,6 +182,10 @@ def test_a_scale_weakens_every_category_alike_and_takes_away_figures_of_another_
     assert [c.alpha for c in half.description.components] == [c.alpha / 2 for c in whole.description.components]
     assert whole.description.components[0].metrics and not any(c.metrics for c in half.description.components)
     assert half.alpha == 1.0
+    keys = {
+        tuple(line.edited_sha256 for line in d.description.layers) for d in (whole, half, compose(measured, overlap="sum"))
+    }
+    assert len(keys) == 3 and weights_sha256(whole) == weights_sha256(half)  # what tells their answers apart
     for layer, values in half.edited().items():  # as the composition at that alpha, but for one rounding
         torch.testing.assert_close(values.float(), whole.edited(0.5)[layer].float(), rtol=1e-2, atol=1e-3)
     assert same(subtract(half, "hate"), compose([d for d in measured if d.description.categories != ("hate",)], scale=0.5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 from stand_in import stand_in
@@ -28,7 +29,7 @@ def compared(setting, evaluated, tmp_path):
     return folder
 
 
-def test_kept_counts_give_the_runs_own_table_and_hold_no_text(script, compared, tmp_path):
+def test_kept_counts_give_the_runs_own_table_and_hold_no_text(script, setting, compared, tmp_path):
     bench = script("comparison")
     run = load_run(compared)
     path = tmp_path / "kept" / "tiny-seed0.json"
@@ -45,7 +46,10 @@ def test_kept_counts_give_the_runs_own_table_and_hold_no_text(script, compared, 
     text = path.read_text(encoding="utf-8")
     rows = [json.loads(line) for line in (compared / "completions" / "base.jsonl").read_text(encoding="utf-8").splitlines()]
     said = [t for row in rows for t in (row["prompt"], row["response"]) if len(t) > 8]
-    assert said and str(compared.parent) not in text and not any(t in text for t in said)
+    assert said and not any(t in text for t in said)
+    assert not any(
+        str(place) in text for place in (compared.parent, Path(setting[0].model).parent, Path(setting[0].edit).parent)
+    )
 
 
 def test_the_command_measures_keeps_and_shows_the_same_again_without_the_run(
@@ -96,3 +100,21 @@ def test_time_is_that_of_all_processes_also_of_killed_ones(script, tmp_path):
     assert clock.total() == 7.0
     clock.stage("sweep", 3)
     assert 7.0 <= clock.total() < 60
+
+
+def test_a_choice_of_the_runs_own_scale_is_kept_with_the_runs_own_verdicts(script, compared):
+    bench, run = script("comparison"), load_run(compared)
+    trained = run.row("learned+veto").scale
+    taken = [
+        c.model_copy(update={"scale": trained})
+        if (c.method, c.variant, c.rule) == ("residual-paving", "learned+veto", "strict")
+        else c
+        for c in run.comparison.choices
+    ]
+    rows = [
+        r.model_copy(update={"chosen_by": ["strict/three", "strict/two"]}) if r.row.name == "learned+veto" else r
+        for r in run.comparison.rows
+    ]
+    object.__setattr__(run, "comparison", run.comparison.model_copy(update={"choices": taken, "rows": rows}))
+    kept = bench.kept_of(run, 1.0)
+    assert kept.labels["residual-paving/learned+veto/strict/three"] == kept.labels["learned+veto"]

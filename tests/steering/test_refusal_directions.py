@@ -293,7 +293,10 @@ def test_directions_are_read_of_prompts_that_the_base_tells_apart(llama, materia
 
     monkeypatch.setattr("paving.steering.dim.prompt_scores", scores)
     found = fit_dim(llama, material, DimConfig(fewest=5, **WIDE))
-    assert found.read == {"harmful_keep": (6, 6, 7), "benign_keep": (6, 6, 7)}
+    assert found.read == {
+        "training harmful_keep": (6, 6, 7), "training benign_keep": (6, 6, 7),
+        "calibration edit": (7, 7, 7), "calibration benign_keep": (6, 6, 7),
+    }  # fmt: skip
     place = (found.chosen.layer, found.chosen.position)
     kept = [p for p in (*harmful, *benign) if p.id not in wrong]
     means = [
@@ -302,4 +305,4 @@ def test_directions_are_read_of_prompts_that_the_base_tells_apart(llama, materia
     ]
     torch.testing.assert_close(found.direction, means[0] - means[1], atol=1e-4, rtol=1e-4)
     whole = fit_dim(llama, material, DimConfig(fewest=7, **WIDE))
-    assert whole.read == {"harmful_keep": (7, 6, 7), "benign_keep": (7, 6, 7)}
+    assert whole.read["training harmful_keep"] == whole.read["calibration benign_keep"] == (7, 6, 7)

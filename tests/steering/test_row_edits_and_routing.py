@@ -177,6 +177,14 @@ def test_answers_of_single_rows_are_taken_from_rows_that_were_decided_alike(back
     assert len(passes) > 1  # whole batches only, unless it is asked for
 
 
+def test_rows_are_not_taken_one_by_one_where_several_decode_or_by_sampling(backbone, monkeypatch):
+    with pytest.raises(ValueError, match="row by row where one process decodes greedily"):
+        generate(backbone, six(), Identity(), Decoding(max_new_tokens=2, do_sample=True), by_row=True)
+    monkeypatch.setattr("paving.generation.rank_and_world", lambda: (0, 2))
+    with pytest.raises(ValueError, match="not by several"):
+        generate(backbone, six(), Identity(), Decoding(max_new_tokens=2), by_row=True)
+
+
 def test_rows_that_are_known_nowhere_are_decoded_without_those_that_are(backbone):
     prompts = six()
     short = Decoding(max_new_tokens=6)

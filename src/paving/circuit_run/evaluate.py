@@ -34,6 +34,7 @@ from paving.report import write_circuit_report
 from paving.run import Means
 from paving.run_folder import RunError, write_text
 from paving.run_records import examples_of
+from paving.traces.store import TraceStore
 from paving.training.strength import StrengthPoint, choose_strength
 
 EDIT = "c-delta-theta"
@@ -89,7 +90,9 @@ def evaluate(
     by_limit = choose_strength(curve, config.strength.limit)
     frontier = {EDIT: frontier_points(curve, delta.alpha)}
     for name, (path, other) in further.items():
-        row = measure.row(replace(other.edit(), name=name), "delta", other.alpha, f"{weights_sha256(other)}/{other.alpha}")
+        # By what it comes to: compositions of the same deltas by other rules and scales have the same tensors.
+        key = TraceStore.key(edited=[line.edited_sha256 for line in other.description.layers])
+        row = measure.row(replace(other.edit(), name=name), "delta", other.alpha, key)
         rows.append(row)
         if other.description.composition is not None:  # a single category's are those of its own run
             found = {**other.description.metrics, **card_metrics(row, composed=True)}
@@ -147,9 +150,14 @@ def report(folder: Path) -> Path:
 
 
 def card_metrics(row: PolicyRow, *, composed: bool = False) -> dict[str, dict]:
-    """What the model card says of the edit, each with its n and interval. composed: no category of it is the one."""
+    """What the model card says of the edit, each with its n and interval.
+
+    composed: no category of it is the one. Then only the run's own category and benign prompts are told: its prompts of
+              other categories are fewer, and held out from this run's pairs alone
+    """
     names = {BENIGN: "benign_over_refusal"} | ({} if composed else {CATEGORY: "harmful_refusal"})
-    found = {names.get(s.side, f"refusal_of_{name}"): s.refused.model_dump() for name, s in row.sets.items()}
+    told = {name: s for name, s in row.sets.items() if s.side in (CATEGORY, BENIGN) or not composed}
+    found = {names.get(s.side, f"refusal_of_{name}"): s.refused.model_dump() for name, s in told.items()}
     broken = {f"{name}_broken": s.broken.model_dump() for name, s in row.sets.items() if s.side in (CATEGORY, BENIGN)}
     return found | broken
 

@@ -36,8 +36,12 @@ def run_pairs(config: CircuitConfig, folder: Path) -> tuple[tuple[Pair, ...], tu
     splits = pairs_of(config)
     path = folder / "split.json"
     if not path.exists():
-        raise RunError(f"{folder} does not say which pairs it began with. Find its circuit first: paving circuit find")
-    if json.loads(path.read_text(encoding="utf-8")) != split_record(splits):
+        raise RunError(f"{folder} does not say which pairs it began with. Ask for its circuit again: paving circuit find")
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged. Remove it if {config.pairs} is what the run began with.") from error
+    if recorded != split_record(splits):
         raise RunError(
             f"{config.pairs} has changed since the circuit in {folder} was found, and with it which pairs train and which "
             "choose α. Put the file back as it was, or begin anew in another folder; nothing was changed."
@@ -45,11 +49,13 @@ def run_pairs(config: CircuitConfig, folder: Path) -> tuple[tuple[Pair, ...], tu
     return splits
 
 
-def record_split(config: CircuitConfig, folder: Path) -> None:
+def record_split(config: CircuitConfig, folder: Path, means: Means) -> None:
     """Which pairs train and which choose α, by id and digest of the text, in `folder`/split.json. raises as `run_pairs`"""
     if (folder / "split.json").exists():
         run_pairs(config, folder)
     else:
+        if (folder / "circuit.json").exists():
+            means.say(f"{folder} was begun before pairs were recorded: {config.pairs} is taken for what it began with")
         write_json(folder / "split.json", split_record(pairs_of(config)))
 
 

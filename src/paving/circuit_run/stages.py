@@ -54,7 +54,7 @@ def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
         held_out_sets(config, {})  # not after hours of training
     backbone = means.load(config.model, config.dtype)
     open_circuit_run(config, folder)
-    record_split(config, folder)
+    record_split(config, folder, means)
     if (folder / "circuit.json").exists():
         means.say(f"the circuit in {folder} is found; nothing to do")
         return load_circuit(folder, backbone.fingerprint)[0]

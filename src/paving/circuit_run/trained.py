@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from paving.backbone import Backbone
@@ -39,17 +41,35 @@ def trained_slices(
 ) -> SliceDelta:
     """Δθ = θ+ − θ− (or θ+ − θ0) on the channels of `mask`, in `path`; taken from there if it is. θ− is never written.
 
-    raises RunError for a file there that does not fit the mask
+    raises RunError for a file there that is damaged, or of other channels
     """
     if path.exists():
-        try:
-            return SliceDelta(mask, {int(name): values for name, values in load_file(path).items()})
-        except (SafetensorError, ValueError) as error:
-            raise RunError(f"{path} is damaged ({error}). Remove it; the same command trains it again.") from error
+        return _kept_slices(path, mask)
     own = own_answers(backbone, config, train, folder, means)
     slices = weight_delta(backbone, train, mask, openings_of(config), config.arithmetic, own=own, watch=means.watch)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({str(layer): values.contiguous() for layer, values in slices.values.items()}, partial)
+    tensors = {str(layer): values.contiguous() for layer, values in slices.values.items()}
+    save_file(tensors, partial, metadata={"channels": _digest(mask)})
     partial.replace(path)
     return slices
+
+
+def _kept_slices(path: Path, mask: Mask) -> SliceDelta:
+    try:
+        with safe_open(path, framework="pt") as file:
+            channels = (file.metadata() or {}).get("channels", _digest(mask))  # a file of before says nothing of it
+            values = {int(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        axis = 1 if mask.reading == "neurons" else 0
+        widths = {layer: v.shape[axis] for layer, v in values.items()}
+    except (SafetensorError, ValueError, IndexError) as error:
+        raise RunError(f"{path} is damaged ({error}). Remove it; the same command trains it again.") from error
+    if channels != _digest(mask) or widths != {layer: len(c) for layer, c in mask.channels.items()}:
+        raise RunError(
+            f"{path} was trained on other channels than this circuit's. Remove it; the same command trains it again."
+        )
+    return SliceDelta(mask, values)
+
+
+def _digest(mask: Mask) -> str:
+    return hashlib.sha256(json.dumps([mask.reading, mask.n, sorted(mask.channels.items())]).encode()).hexdigest()

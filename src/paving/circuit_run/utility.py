@@ -50,7 +50,7 @@ def utility(
         if delta.description.base.fingerprint != backbone.fingerprint:
             raise RunError(f"{folder / 'delta'} was not made on {config.model} as it is now. Put back the run's own delta.")
         rows = [Row(EDIT, delta.edit(), f"{weights_sha256(delta)}/{delta.alpha}")]
-        train, _ = run_pairs(config, folder)
+        train = run_pairs(config, folder)[0] if strengths else ()
         for name, strength in strengths.items():
             if strength is None:
                 means.say(f"{name} has no strength within the limit, and no row")

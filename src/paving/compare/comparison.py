@@ -14,7 +14,7 @@ from paving.compare.choose import choices
 from paving.compare.fitting import Fitting
 from paving.compare.held_out import held_out_rows, to_measure
 from paving.compare.methods import METHODS, OWN_ROUTING, Method, check_variants, method
-from paving.compare.own import NOTE, own_points, own_rules
+from paving.compare.own import own_points, own_record, own_rules
 from paving.compare.sweep import OpenAnswers, figures, kept_decisions, sweep
 from paving.evaluation.comparison import OWN, Comparison, Limits, MethodRecord, Objective, SweepFigures, read_comparison
 from paving.evaluation.diagnostics.usefulness import INSTALL, check_bert_score, overlap_available
@@ -74,7 +74,8 @@ def compare(
     chosen = choices(points, asked.objectives)
     records = [method_record(m, swept.get(m.name, ()), failed.get(m.name)) for m in asked.methods]
     records += earlier_failures(folder, {r.name for r in records})
-    told = {OWN: NOTE} | {r.name: r.note for r in records}
+    records.append(own_record(points, bench.controller.scale))
+    told = {r.name: r.note for r in records}
     rows = held_out_rows(bench, to_measure(bench, fittings, chosen), told, bert_model, own_rules(chosen))
     found = Comparison(
         run=folder.name,

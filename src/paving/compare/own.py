@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from paving.compare.bench import Bench
 from paving.compare.methods import SCALES
 from paving.compare.sweep import OpenAnswers, all_but_broken, answers_at, figures
-from paving.evaluation.comparison import OWN, Choice, Limits, SweepFigures
+from paving.evaluation.comparison import OWN, Choice, Limits, MethodRecord, SweepFigures
 from paving.evaluation.three_way import RowSpec
 from paving.prompts.types import Bucket
 from paving.run_rows import row_specs
@@ -26,6 +26,13 @@ def own_spec(bench: Bench, variant: str, scale: float) -> RowSpec:
     specs = row_specs(bench.controller.with_scale(scale), (), bench.folder)
     spec = next(s for s in specs if s.intervention.name == variant)
     return replace(spec, intervention=replace(spec.intervention, name=f"{OWN}@{scale:g}_{variant}"))
+
+
+def own_record(points: Sequence[SweepFigures], scale: float) -> MethodRecord:
+    """scale: the run's own"""
+    tried = sorted({p.scale for p in points if p.method == OWN})
+    left_out = sorted({*SCALES, scale} - set(tried))
+    return MethodRecord(name=OWN, note=NOTE, scales=tried, left_out=left_out)
 
 
 def own_points(bench: Bench, limits: Limits) -> list[SweepFigures]:

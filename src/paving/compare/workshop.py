@@ -48,7 +48,7 @@ class Workshop:
         """Empty where the direction keeps to the published limits, and was read of prompts that the base tells apart."""
         held, published = self.dim.limits, DimConfig().limits()
         whole = [
-            f"read of all {n} {bucket.replace('_', ' ')}s, of which the refusal score tells {wanted} as wanted"
+            f"all {n} {bucket.replace('_', ' ')} prompts are read, of which the refusal score tells {wanted} as wanted"
             for bucket, (read, wanted, n) in self.dim.read.items()
             if read > wanted
         ]

@@ -262,7 +262,8 @@ def sweep_caption(found: Comparison) -> str:
     sizes = ", ".join(f"{found.calibration.get(b.value, 0)} {BUCKET_NAMES[b]}" for b in Bucket)
     return (
         f"Calibration split ({sizes} prompts). Each scale was decoded once with every gate open; a variant takes a prompt's "
-        "open answer where its gate opens and the base's own elsewhere."
+        "open answer where its gate opens and the base's own elsewhere. Residual Paving was decoded under its own gates, "
+        "which may be soft, once for each variant."
     )
 
 

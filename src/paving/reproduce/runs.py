@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
-from paving.evaluation.comparison import ComparedRow, Comparison
+from paving.evaluation.comparison import OWN, ComparedRow, Comparison
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics, Row
@@ -81,8 +81,8 @@ class Run:
         raises RunError where it is damaged or does not hold what metrics.json counted
         """
         found = self.compared(row)
-        path = self.folder / "verdicts" / f"{row}.jsonl"
-        if found is not None:
+        path = self.folder / "verdicts" / f"{found.row.name if found else row}.jsonl"
+        if found is not None and (found.method, found.row.name) != (OWN, found.variant):  # the run's own row lies with it
             path = self.folder / "comparison" / "verdicts" / f"{found.row.name}.jsonl"
         return self._checked(path, row) if path.exists() else None
 

@@ -72,8 +72,7 @@ class Dim:
     candidates  all that were scored, the chosen one among them
     limits      what it keeps to; wider than the configuration's only where `DimConfig.widen` asked for it
     tokens      what refusals are told by in the scores
-    read        bucket -> (training keeps that the direction was read of, how many of them the refusal score tells as wanted,
-                how many there are)
+    read        split and bucket -> (prompts that were read, how many the refusal score tells as wanted, how many there are)
     """
 
     direction: Tensor
@@ -143,7 +142,10 @@ def fit_dim(backbone: Backbone, material: Material, config: DimConfig | None = N
             break
     chosen = choose(candidates, limits)
     vector = directions[chosen.layer, chosen.position].clone()
-    read = {b.value: (len(part.prompts), part.as_wanted, part.of) for b, part in train.items()}
+    parts = {f"training {b.value}": part for b, part in train.items()} | {
+        f"calibration {b.value}": part for b, part in seen.items()
+    }
+    read = {name: (len(part.prompts), part.as_wanted, part.of) for name, part in parts.items()}
     return Dim(vector, chosen, tuple(candidates), limits, tokens, read, backbone.name, backbone.fingerprint)
 
 
