@@ -10,9 +10,14 @@ from torch import Tensor
 
 def edited(base: Tensor, delta: Tensor, alpha: float) -> Tensor:
     """θ0 + α·Δθ in float64, rounded once to the base's dtype: two elementwise operations, the same bits everywhere."""
-    wide = torch.device("cpu") if base.device.type == "mps" else base.device  # Apple's GPUs have no float64
-    change = delta.to(wide).double() * alpha
-    return (base.to(wide).double() + change).to(base.dtype).to(base.device)
+    wide = float64(base)
+    change = delta.to(wide.device).double() * alpha
+    return (wide + change).to(base.dtype).to(base.device)
+
+
+def float64(tensor: Tensor) -> Tensor:
+    """In float64, where the tensor is; on the CPU from an Apple GPU, which has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def tensor_sha256(tensor: Tensor) -> str:

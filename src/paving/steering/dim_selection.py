@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paving.backbone import Backbone, PromptBatch, checked_ids, render_batch
+from paving.backbone.weights import float64
 from paving.generation import batches_by_length
 from paving.prompts.types import Prompt
 from paving.steering.ablation import Ablation
@@ -123,8 +124,8 @@ def moved(backbone: Backbone, editor: Editor, prompts: SelectionPrompts) -> floa
 
 def _kl(base: Tensor, logits: Tensor) -> Tensor:
     """(n,) float64, in nats, over the whole vocabulary."""
-    edited = logits.double().log_softmax(-1)
-    return F.kl_div(edited, base.double(), log_target=True, reduction="none").sum(-1)
+    edited = float64(logits).log_softmax(-1)
+    return F.kl_div(edited, float64(base), log_target=True, reduction="none").sum(-1)
 
 
 def mean_score(logits: Sequence[Tensor], tokens: RefusalTokens) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paving.backbone import Backbone, checked_ids, render_batch
+from paving.backbone.weights import float64
 from paving.generation import batches_by_length
 from paving.prompts.types import Bucket, Prompt, SplitName
 from paving.steering.checks import SteeringError
@@ -64,7 +65,7 @@ def refusal_tokens(material: Material, share: float = 0.9) -> RefusalTokens:
 
 def refusal_scores(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """(n,) float64: log p − log(1 − p), p = the probability of any of the tokens (arXiv 2406.11717). logits: (n, vocab)"""
-    p = logits.double().softmax(-1)[:, list(tokens)].sum(-1)
+    p = float64(logits).softmax(-1)[:, list(tokens)].sum(-1)
     return (p + EPSILON).log() - (1 - p + EPSILON).log()
 
 
