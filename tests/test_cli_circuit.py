@@ -155,8 +155,7 @@ def test_a_composition_is_measured_by_the_run_of_each_category_and_its_card_says
     printed("circuit", "compose", made / "harm" / "delta", made / "other" / "delta", "--scale", "0.01", "--out", both)
     text = printed("circuit", "evaluate", tmp_path / "run-harm", "--delta", both)  # another composition in the same place
     after = {p: p.read_bytes() for p in (tmp_path / "run-harm" / "sets").rglob("both.jsonl")}
-    base = {p: p.with_name("base.jsonl").read_bytes() for p in after}
-    assert "both" in text and before and after != before and after.keys() == base.keys()
+    assert "both" in text and before.keys() == after.keys() and after != before
     single = json.loads((made / "other" / "delta" / "delta.json").read_text(encoding="utf-8"))
     assert "refusal_of_harm" not in single["components"][0]["metrics"]  # another run's row leaves a single delta alone
     shutil.move(both, tmp_path / "elsewhere")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from paving.circuit.arithmetic import ArithmeticConfig
-from paving.circuit_run import CircuitConfig, StrengthConfig
+from paving.circuit_run import CircuitConfig, StrengthConfig, edit, find
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import Decoding
 from tiny_models import tiny_backbone
@@ -52,3 +52,8 @@ def tiny_circuit(files: Path, **changes) -> CircuitConfig:
             **changes,
         }
     )
+
+
+def run_whole(files, folder, means, **changes):
+    find(tiny_circuit(files, **changes), folder, means)
+    return edit(folder, means, judge=WordJudge())

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from paving.backbone import load_backbone
+from paving.circuit import checkpoint as checkpoints
 from paving.circuit import verify as module
+from paving.circuit.base_files import circuit_tensors
 from paving.circuit.checkpoint import apply_to, remove_from
 from paving.circuit.compose import compose
 from paving.circuit.delta_files import save_delta
@@ -300,3 +302,24 @@ def test_what_is_proved_is_what_transformers_loads(story):
     loaded = [AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (story.base_folder, story.edited)]
     differ = {n for n in loaded[0] if not torch.equal(loaded[0][n], loaded[1][n])}
     assert differ == {t.name for t in story.verify().tensors if t.changed}
+
+
+@pytest.mark.parametrize("at", ["off the circuit", "on it"])
+def test_what_was_not_written_as_the_delta_says_takes_no_name(tmp_path, monkeypatch, at):
+    base = load_backbone(saved(tiny_backbone(), tmp_path / "base"))
+    delta, write = tiny_delta(base), checkpoints._write
+
+    def wrong(opened, to, *rest):
+        write(opened, to, *rest)
+        names = circuit_tensors(opened, delta)
+        name = next(iter(names.values())) if at == "on it" else next(n for n in opened.tensors if n not in names.values())
+        stored = opened.tensors[name]
+        path = to / stored.file
+        content = bytearray(path.read_bytes())
+        content[stored.start] ^= 1  # one bit
+        path.write_bytes(bytes(content))
+
+    monkeypatch.setattr(checkpoints, "_write", wrong)
+    with pytest.raises(CircuitError, match=r"is not .* with this delta \(.*(outside the circuit|not base \+)"):
+        apply_to(base.name, delta, tmp_path / "edited")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
