@@ -97,6 +97,8 @@ def test_apply_verify_remove(made, tmp_path):
     delta, edited, restored = made / "harm" / "delta", tmp_path / "edited", tmp_path / "restored"
     text = printed("circuit", "apply", made / "base", delta, "--out", edited)
     assert "proved to differ from the base in the circuit alone" in text
+    weaker = printed("circuit", "apply", made / "base", delta, "--out", tmp_path / "weaker", "--alpha", "0.25")
+    assert "--alpha 0.25 --json" in weaker.replace("\n", " ")
     text = printed("circuit", "verify", made / "base", edited, delta)
     assert "verified: " in text and "values changed, all in the circuit (5 of 57 tensors)" in text
     printed("circuit", "remove", edited, delta, "--out", restored)

@@ -152,7 +152,8 @@ def apply_delta(
     with proving(base) as tick:
         export_checkpoint(base, load_delta(delta), alpha, folder, tick=tick)
     say(f"edited checkpoint: {folder}, proved to differ from the base in the circuit alone")
-    say(f"the proof again, with hashes: paving circuit verify {base} {folder} {delta} --json")
+    at = "" if alpha is None else f" --alpha {alpha:g}"
+    say(f"the proof again, with hashes: paving circuit verify {base} {folder} {delta}{at} --json")
 
 
 @app.command("remove")
