@@ -6,8 +6,9 @@ Reads finished runs of benchmarks/protocols.py. Every step is a search of its ow
 paving.training.gate_search); held-out prompts are scored once, by what was chosen without them. No answer is decoded: what
 an open gate does to the answer is in the runs of `paving router search RUN` and `paving eval`.
 
-The promise: the last step's gate, fitted on training prompts alone; harmful keeps of calibration and held-out split are
-divided anew 200 times by group, one half sets the threshold, the other half counts.
+The promise: the last step's gate, fitted on training prompts alone; keeps of calibration and held-out split are divided
+anew 200 times by group, one part sets the threshold, the other counts. Of all prompts to come it is promised on halves; of
+the next ones, as many as the other part has, seven tenths set the threshold.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from paving.training.promise import promise, unit_scores
 from protocols import rate
 
 RESPLITS, ALPHA, DELTA = 200, 0.1, 0.1
+PROMISED = {"of all": 0.5, "of the next": 0.7}  # what is promised -> share of groups that sets the threshold
 
 
 def steps_of(route_layers: tuple[int, ...], n_layers: int) -> dict[str, GateSearch]:
@@ -98,8 +100,12 @@ def measured(backbone: Backbone, run: Path, splits: Splits, store: TraceStore, w
         print(f"{where}: {name}: {gate.why()}", file=sys.stderr, flush=True)
     apart = [*splits.calibration, *held_out]
     gate, states = searched(backbone, store, splits.train, apart, settings)
-    keeps = [p for p in apart if p.bucket is Bucket.HARMFUL_KEEP]
-    return {"steps": found, "promise": resplit(gate_scores(gate, states, keeps), keeps)}
+    promised = {}
+    for bucket in (Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP):
+        keeps = [p for p in apart if p.bucket is bucket]
+        scores = gate_scores(gate, states, keeps)
+        promised[bucket.value] = {of: resplit(scores, keeps, share, of != "of all") for of, share in PROMISED.items()}
+    return {"steps": found, "promise": promised}
 
 
 def searched(
@@ -128,24 +134,30 @@ def step(prompts: Sequence[Prompt], logits: np.ndarray, is_open: np.ndarray, why
     }
 
 
-def resplit(scores: np.ndarray, keeps: Sequence[Prompt]) -> dict:
-    """How often the half that did not set the threshold opens more often than was promised."""
+def resplit(scores: np.ndarray, keeps: Sequence[Prompt], share: float, ahead: bool) -> dict:
+    """How often the part that did not set the threshold opens more often than was promised."""
     groups = sorted({p.group for p in keeps})
     rng, exceeded, rates = np.random.default_rng(0), 0, []
     for _ in range(RESPLITS):
-        first = set(rng.permutation(groups)[: len(groups) // 2].tolist())
+        first = set(rng.permutation(groups)[: round(share * len(groups))].tolist())
         here = [i for i, p in enumerate(keeps) if p.group in first]
         there = [i for i, p in enumerate(keeps) if p.group not in first]
+        units = unit_scores(scores[there].tolist(), [keeps[i].group for i in there])
         made = promise(
-            scores[here].tolist(), bucket="harmful_keep", alpha=ALPHA, delta=DELTA, groups=[keeps[i].group for i in here]
+            scores[here].tolist(),
+            bucket=keeps[0].bucket.value,
+            alpha=ALPHA,
+            delta=DELTA,
+            groups=[keeps[i].group for i in here],
+            ahead=len(units) if ahead else None,
         )
         if made.threshold is None:
-            return {"groups": len(groups), "resplits": 0, "exceeded": None, "mean_rate": None}
-        units = unit_scores(scores[there].tolist(), [keeps[i].group for i in there])
+            return {"groups": len(groups), "first": made.n, "resplits": 0, "exceeded": None, "mean_rate": None}
         rates.append(float((units > made.threshold).mean()))
         exceeded += rates[-1] > ALPHA
     return {
         "groups": len(groups),
+        "first": made.n,
         "resplits": RESPLITS,
         "exceeded": exceeded / RESPLITS,
         "mean_rate": float(np.mean(rates)),
@@ -164,12 +176,16 @@ def as_text(summary: dict) -> str:
         aucs = f"{np.mean(row['auc']):.3f} ({', '.join(f'{a:.3f}' for a in row['auc'])})"
         rates = (rate(row["open"][b.value], seeds=False) for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP, Bucket.BENIGN_KEEP))
         lines.append(f"| {row['step']} | {aucs} | {' | '.join(rates)} |")
-    for seed, found in summary["promise"].items():
-        told = "too few groups for any" if found["exceeded"] is None else f"{100 * found['exceeded']:.1f} % exceed it"
-        lines.append(
-            f"promise of {ALPHA:g} at confidence {1 - DELTA:g}, seed {seed}: {found['groups']} groups, "
-            f"{found['resplits']} resplits, {told}"
-        )
+    lines += [f"\nA promise of {ALPHA:g} at confidence {1 - DELTA:g}, {RESPLITS} resplits:\n"]
+    lines += ["| seed | of | promised | groups that set it | that count | exceed | open |", "| --- " * 7 + "|"]
+    for seed, buckets in summary["promise"].items():
+        for bucket, kinds in buckets.items():
+            for of, found in kinds.items():
+                told = "too few groups for any | "
+                if found["exceeded"] is not None:
+                    told = f"{100 * found['exceeded']:.1f} % | {100 * found['mean_rate']:.1f} %"
+                counts = found["groups"] - found["first"]
+                lines.append(f"| {seed} | {bucket} | {of} | {found['first']} | {counts} | {told} |")
     return "\n".join(lines)
 
 

@@ -250,6 +250,9 @@ def test_router_search_prints_what_it_tried_and_what_comes_next(tmp_path, monkey
     record = {
         "why": "because",
         "opened": {"edit": 0.7, "harmful_keep": 0.02},
+        "prompts": {"edit": 90, "harmful_keep": 50},
+        "pairs": {"kinds": 12},
+        "pairs_dropped": 3,
         "tried": [tried],
         "promises": [],
         "threshold": 0.0,
@@ -258,7 +261,12 @@ def test_router_search_prints_what_it_tried_and_what_comes_next(tmp_path, monkey
     monkeypatch.setattr("paving.router_search.search_router", lambda *a: asked.append(a) or record)
     result = paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--layers", "1-2", "--layers", "3")
     assert result.exit_code == 0, result.output
-    assert "chosen: because" in result.stdout and "edit 70.0 %" in result.stdout and "paving eval" in result.stdout
-    assert asked[0][2].layers == ((1, 2), (3,))
+    assert "chosen: because" in result.stdout and "edit 70.0 % of 90" in result.stdout and "paving eval" in result.stdout
+    assert "on new ones expect more" in result.stdout and "kinds 12; 3 left out" in result.stdout
+    assert asked[0][2].layers == ((1, 2), (3,)) and asked[0][4] is None
+    paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--promise", "0.1,delta=0.2")
+    assert (asked[1][4].harmful, asked[1][4].delta) == (0.1, 0.2)
+    wrong = paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--promise", "often")
+    assert wrong.exit_code == 1 and "is no promise" in wrong.stderr
     printed = paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--json")
     assert json.loads(printed.stdout) == record

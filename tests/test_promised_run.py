@@ -57,5 +57,7 @@ def test_the_command_leaves_the_soft_gate_out(tmp_path):
         "allow_leakage": False, "dtype": "auto",
     }  # fmt: skip
     assert run_config(None, **options).calibration.promise is None
-    found = run_config(None, **options | {"promise": 0.03}).calibration
+    found = run_config(None, **options | {"promise": "0.03"}).calibration
+    more = run_config(None, **options | {"promise": "benign=0.03,delta=0.2"}).calibration.promise
+    assert more == PromiseConfig(harmful=None, benign=0.03, delta=0.2)
     assert found.promise == PromiseConfig(harmful=0.03) and found.policies == ("thresholded", "hard")

@@ -102,7 +102,7 @@ def train(
     ] = None,
     config_file: Annotated[Path | None, typer.Option("--config", help="JSON RunConfig; options above go first.")] = None,
     promise: Annotated[
-        float | None, typer.Option(help="Highest share of harmful keeps that may open the gate, as 0.05 (docs/promise.md).")
+        str | None, typer.Option(help="Highest share of harmful keeps that may open, as 0.05; more in docs/promise.md.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split and training.")] = None,
     allow_leakage: Annotated[bool, typer.Option(help="Go on although prompts leak between splits.")] = False,
@@ -293,6 +293,7 @@ def run_config(file: Path | None, **options):
     from paving.controller.config import windows
     from paving.presets import preset_for
     from paving.run_folder import RunConfig, RunError
+    from paving.training.promise import read_promise
 
     if file is not None:
         try:
@@ -328,7 +329,7 @@ def run_config(file: Path | None, **options):
         config["split_seed"] = config["training"]["seed"] = options["seed"]
     if options["promise"] is not None:
         calibration = config["calibration"]
-        calibration["promise"] = {**(calibration["promise"] or {}), "harmful": options["promise"]}
+        calibration["promise"] = {**(calibration["promise"] or {}), **read_promise(options["promise"])}
         calibration["policies"] = [p for p in calibration["policies"] if p != "soft"]  # it is never quite closed
     config["allow_leakage"] = options["allow_leakage"] or config["allow_leakage"]
     config["judge"] = options["judge"] or config["judge"]

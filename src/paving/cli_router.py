@@ -31,6 +31,12 @@ def search(
     harmful: Annotated[float, typer.Option(help="Highest share of harmful keeps that may open, out of fold.")] = 0.02,
     benign: Annotated[float, typer.Option(help="The same for benign keeps.")] = 0.03,
     unlike: Annotated[float, typer.Option(help="Share of edit prompts taken for unlike the rest; 0: no such check.")] = 0.02,
+    promise: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep calibration prompts out and promise by them, as `paving train --promise` (docs/promise.md)."
+        ),
+    ] = None,
     folds: Annotated[int, typer.Option(min=2)] = 5,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
@@ -43,7 +49,9 @@ def search(
     from paving.router_search import search_router
     from paving.run import Means
     from paving.training.gate_search import GateSearch
+    from paving.training.promise import PromiseConfig, read_promise
 
+    asked = None if promise is None else PromiseConfig(**read_promise(promise))
     sets = tuple(layers(text) for text in read) if read else None
     settings = GateSearch(
         layers=sets, contrast=contrast, harmful=harmful, benign=benign, unlike=unlike or None, folds=folds, seed=seed
@@ -53,14 +61,19 @@ def search(
         means = Means.default(
             **places, device=device, trust_remote_code=trust_remote_code, stage=stage, watch=watch, say=note
         )
-        record = search_router(run, folder, settings, means)
+        record = search_router(run, folder, settings, means, asked)
     if as_json:
         print(json.dumps(record, indent=1))
         return
     out.print(table_of(record["tried"][:12]))
     say(f"chosen: {record['why']}")
-    opened = ", ".join(f"{bucket} {100 * share:.1f} %" for bucket, share in record["opened"].items())
+    shares = record["opened"].items()
+    opened = ", ".join(f"{bucket} {100 * share:.1f} % of {record['prompts'][bucket]}" for bucket, share in shares)
     say(f"opens out of fold: {opened}")
+    say("Candidate and thresholds were chosen by these prompts: on new ones expect more. paving eval says how much.")
+    if record["pairs_dropped"]:
+        left = ", ".join(f"{name} {n}" for name, n in record["pairs"].items())
+        say(f"contrast pairs: {left}; {record['pairs_dropped']} left out, which stand for words or prompts kept apart")
     for sentence in record["promises"]:
         say(f"{sentence} Its threshold is {record['threshold']:.3f}; the shares above are at 0.")
     say(f"next: paving eval {folder}")

@@ -16,10 +16,9 @@ from paving.controller.gates import Hard
 from paving.controller.regated import standardised, with_gate
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import load_controller, read_description, save_controller
-from paving.prompts import CONTRAST_SETS, contrast_prompts, read_contrasts
-from paving.prompts.contrasts import pair_of
-from paving.prompts.leakage import near_or_equal
-from paving.prompts.types import Prompt, SplitName, Splits
+from paving.prompts import CONTRAST_SETS, PromptError, contrast_prompts, read_contrasts
+from paving.prompts.contrasts import groups_near, pair_of
+from paving.prompts.types import Prompt, SplitName, Splits, count_by_bucket
 from paving.run import Means, recorded_split, split_of
 from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json
 from paving.run_rows import digest
@@ -32,14 +31,15 @@ NONE = "none"
 RECORD = "router.json"  # what was tried, what was chosen, and why
 
 
-def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -> dict:
+def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, promise: PromiseConfig | None = None) -> dict:
     """Search a gate for the controller of `run` and save both in `folder`, ready for `evaluate`; returns the record.
 
-    Of held-out prompts it only looks which contrast pairs repeat them or share their groups. Where the run's calibration
-    makes a promise, its calibration prompts are kept out of the search and raise the threshold afterwards; otherwise the
-    search learns from them, too.
+    Of held-out prompts it only looks which contrast pairs repeat them or name their groups. Where a promise is asked for, or
+    the run's calibration makes one, its calibration prompts are kept out of the search and raise the threshold afterwards;
+    otherwise the search learns from them, too.
 
-    raises RunError for a run without a controller or a folder of another configuration, PromptError for bad contrast pairs
+    raises PromiseError where calibration is too small for the promise, RunError for a run without a controller or a folder
+    of another configuration, PromptError for bad contrast pairs
     """
     before = read_config(run)
     if before.router is not None:
@@ -47,6 +47,9 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -
     if not (run / "controller" / "controller.json").exists():
         raise RunError(f"{run} has no finished controller. Train it first: paving train --out {run} ...")
     config = before.model_copy(update={"router": settings})
+    if promise is not None:
+        calibration = before.calibration.model_copy(update={"promise": promise, "policies": ("hard",)})
+        config = config.model_copy(update={"calibration": calibration})
     check_run(config, folder)
     experts = digest(run / "controller" / "controller.safetensors")
     if (folder / "controller" / "controller.json").exists():
@@ -86,6 +89,7 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -
     record = {
         "why": found.why(),
         "opened": found.opened,
+        "prompts": count_by_bucket(learned_from),
         "tried": [asdict(t) for t in found.tried],
         "pairs": {name: len(pairs) // 2 for name, pairs in contrasts.items()},
         "pairs_dropped": dropped,
@@ -101,7 +105,8 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means) -
 def contrast_sets(source: str, apart: Sequence[Prompt]) -> tuple[dict[str, list[Prompt]], int]:
     """The named sets of contrast pairs that candidates may learn from, and how many pairs were dropped.
 
-    A pair is dropped whose focus is a group of the prompts that are kept apart, or that nearly repeats one of them.
+    A pair is dropped whose focus is a group of the prompts that are kept apart, or names one in its text, or that nearly
+    repeats one of them. raises PromptError where none is left
     """
     if source == NONE:
         return {}, 0
@@ -111,10 +116,15 @@ def contrast_sets(source: str, apart: Sequence[Prompt]) -> tuple[dict[str, list[
     else:
         named = {f"pairs of {Path(source).name}": read_contrasts(source)}
     groups = {p.group.casefold() for p in apart}
-    every = {p.id: p for pairs in named.values() for p in pairs}
-    repeated = near_or_equal([p.text for p in every.values()], [p.text for p in apart])
-    bad = {pair_of(p) for p in every.values() if p.group.casefold() in groups or p.text in repeated}
-    return {name: [p for p in pairs if pair_of(p) not in bad] for name, pairs in named.items()}, len(bad)
+    every = list({p.id: p for pairs in named.values() for p in pairs}.values())
+    bad = {pair_of(p) for p, near in groups_near(every, apart).items() if near & groups}
+    sets = {name: [p for p in pairs if pair_of(p) not in bad] for name, pairs in named.items()}
+    if not any(sets.values()):
+        raise PromptError(
+            f"all {len(bad)} pairs of {source} stand for words or prompts of the held-out split; give other pairs, or "
+            "search with contrast none."
+        )
+    return sets, len(bad)
 
 
 def keep_promise(

@@ -155,3 +155,21 @@ def test_mixtures_change_what_is_edited_and_the_rows_say_which_it_was():
             outputs.append(backbone.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits)
         assert all(sum(row.mixture) == pytest.approx(1.0, abs=1e-5) for row in applied.rows())
     assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("policy", [Soft(), Hard(-1e9), ThresholdedSoft(-1e9)])
+def test_a_learned_gate_stays_closed_on_a_logit_that_is_no_number_and_its_neighbour_does_not(policy, value, monkeypatch):
+    backbone = tiny_backbone()
+    controller = lively(backbone, ROUTED.resolved(backbone), policy=policy)
+    z = torch.randn(2, controller.config.n_features(backbone.d_model))
+    route = type(controller.weights).route
+
+    def broken(self, z):
+        logit, mixture = route(self, z)
+        return torch.cat([torch.tensor([value]), logit[1:]]), mixture
+
+    monkeypatch.setattr(type(controller.weights), "route", broken)
+    first, second = controller.decide(z, labelled(2)).rows()
+    assert first.gate == 0.0 and not math.isfinite(first.logit)
+    assert second.gate > 0 and math.isfinite(second.logit)

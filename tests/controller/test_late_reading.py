@@ -12,7 +12,7 @@ from paving.backbone.hooks import record_residuals
 from paving.controller import AlwaysOpen, Closed, Hard, Oracle, Soft
 from paving.controller.paved_model import PavedModel
 from paving.prompts.types import Bucket
-from tiny_models import LATE, ROUTED, batch_of, decode, hooks_on, lively, logits_of, some_prompts, tiny_backbone
+from tiny_models import LATE, ROUTED, WINDOW, batch_of, decode, hooks_on, lively, logits_of, some_prompts, tiny_backbone
 
 STEPS = 5
 WHOLE = {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
@@ -77,8 +77,45 @@ def test_however_the_prompt_is_run_the_answer_is_the_same(config, options):
     assert [r.gate for r in other_rows] == pytest.approx([r.gate for r in rows], abs=1e-5)
 
 
-def test_a_window_that_slides_is_read_by_a_pass_of_its_own():
-    backbone = tiny_backbone("gemma3")  # its cache has dropped what the last token would have to be run again over
+SLIDING = ["gemma2", "gemma3", "mistral"]
+
+
+@pytest.mark.parametrize("architecture", SLIDING)
+@pytest.mark.parametrize("policy", [AlwaysOpen(), Oracle(), Closed()], ids=["open", "some open", "closed"])
+def test_a_window_that_slides_costs_no_more_and_its_cache_is_as_ever(architecture, policy, monkeypatch):
+    backbone = tiny_backbone(architecture)
+    batch = batch_of(backbone, some_prompts()[:4])
+    assert batch.width > WINDOW  # it slides within the prompt
+    controller = lively(backbone, LATE, policy=policy)
+    base = decode(backbone.model, batch, n=STEPS, **WHOLE)
+    with positions_run(backbone) as seen:
+        found, rows = decoded(backbone, batch, controller)
+    is_open = [r.gate > 0 for r in rows]
+    assert seen == [batch.width, *([1] if any(is_open) else []), *[1] * (STEPS - 1)]
+    for ours, theirs in zip(found.past_key_values.layers, base.past_key_values.layers, strict=True):
+        assert ours.keys.shape == theirs.keys.shape and ours.get_seq_length() == theirs.get_seq_length()
+        assert not getattr(ours, "record_past", False)
+    for one, other in zip(found.logits, base.logits, strict=True):
+        assert [torch.equal(a, b) for a, b in zip(one, other, strict=True)] == [not o for o in is_open]
+    monkeypatch.setattr("paving.controller.residual_paving.can_run_again", lambda *_: False)  # a pass of its own decides
+    beside, _ = decoded(backbone, batch, controller)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(beside.logits), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", SLIDING)
+def test_a_window_that_slides_takes_a_prompt_in_parts(architecture):
+    backbone = tiny_backbone(architecture)
+    batch = batch_of(backbone, some_prompts()[:4])
+    controller = lively(backbone, LATE, policy=Oracle())
+    whole, rows = decoded(backbone, batch, controller)
+    parts, same = decoded(backbone, batch, controller, prefill_chunk_size=4)
+    torch.testing.assert_close(torch.stack(parts.logits), torch.stack(whole.logits), atol=2e-4, rtol=1e-4)
+    assert [r.gate for r in rows] == [r.gate for r in same]
+
+
+def test_a_cache_that_takes_no_token_back_is_read_by_a_pass_of_its_own(monkeypatch):
+    backbone = tiny_backbone("gemma3")
+    monkeypatch.delattr("transformers.cache_utils.DynamicSlidingWindowLayer.activate_past_recording")  # as once it was
     batch = batch_of(backbone, some_prompts()[:4])
     with positions_run(backbone) as seen:
         decoded(backbone, batch, lively(backbone, LATE, policy=AlwaysOpen()))

@@ -32,9 +32,12 @@ def write(tmp_path):
 
 
 def read_back(rows, path):
+    def group(row):  # a word is one group however it is cased and spaced
+        return " ".join(row["focus"].split()).casefold() if row["focus"] else row["id"]
+
     prompts = read_prompts(path, Bucket.EDIT)
     return [(p.id, p.text, p.group, p.target, p.source) for p in prompts] == [
-        (r["id"], r["prompt"], r["focus"] or r["id"], r["target"] or None, r["source"] or None) for r in rows
+        (r["id"], r["prompt"], group(r), r["target"] or None, r["source"] or None) for r in rows
     ]
 
 
@@ -148,3 +151,9 @@ def test_a_bad_csv_record_is_named_by_the_line_it_starts_on(write, content, line
 def test_a_file_without_rows_is_an_error(write, content):
     with pytest.raises(PromptError, match="holds no rows"):
         read_prompts(write(content), Bucket.EDIT)
+
+
+def test_a_focus_is_one_group_however_it_is_written(write):
+    rows = ["Blow up", "blow  up ", "BLOW UP"]
+    path = write("".join(json.dumps({"prompt": f"prompt {i}", "focus": f}) + "\n" for i, f in enumerate(rows)))
+    assert {p.group for p in read_prompts(path, Bucket.EDIT)} == {"blow up"}

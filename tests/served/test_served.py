@@ -166,6 +166,21 @@ def test_each_request_has_its_own_policy(controller):
     assert 0 < gates["a"] < 1 and (gates["b"], gates["c"], gates["d"]) == (1.0, 1.0, 0.0)
 
 
+def test_no_request_asks_around_a_promise(controller):
+    reference = Reference((0.0,) * 9, (-1e9,) * 9, (-1e9,) * 9)
+    made = replace(controller.with_policy(Hard(1e8)), reference=reference)
+    with pytest.raises(ValueError, match="makes a promise, and a soft gate"):
+        asked_for(made, Asked("soft"), promised=True)
+    assert asked_for(made, Asked("soft")).policy == Soft()
+    assert asked_for(made, Asked("soft"), promised=True, diagnostics=True).policy == Soft()
+    around, kept = (asked_for(made, Asked("conformal:0.5"), promised=p).policy for p in (False, True))
+    assert around.threshold < kept.threshold == 1e8 and kept.name == around.name
+    batch = torch.zeros(1)
+    assert around.gate(batch, None).item() == 1.0 and kept.gate(batch, None).item() == 0.0
+    above = replace(controller.with_policy(Hard(-2e9)), reference=reference)  # alpha asks for more than was promised
+    assert asked_for(above, Asked("conformal:0.5"), promised=True).policy.threshold > -2e9
+
+
 @pytest.mark.parametrize("name", ["oracle", "open", "often", "conformal:0.001", "", 3])
 def test_what_no_request_may_ask_for_is_refused_and_stays_closed_if_it_comes_through(controller, name, caplog):
     controller = replace(controller, reference=Reference((0.0,), (0.0,), (0.0,)))

@@ -6,13 +6,15 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
 from paving.training.promise import (
+    PromiseError,
     allowed_openings,
     promise,
+    read_promise,
     strictest,
     unit_scores,
     units_needed,
@@ -33,6 +35,28 @@ def test_as_many_units_are_needed_as_allow_it_and_no_fewer(alpha, delta, opened)
     assert allowed_openings(n, alpha, delta) >= opened > allowed_openings(n - 1, alpha, delta)
     if opened == 0:
         assert n == math.ceil(round(math.log(delta) / math.log(1 - alpha), 9))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), levels, levels)
+def test_of_the_next_prompts_the_count_is_that_of_all_orders(n, ahead, alpha, delta):
+    """By counting orders: of n + m scores in random order, how often more than α·m of the m stand above the k + 1 highest
+    of the n. Where x of the m stand there, the first k + x places hold k of the n, the next is one of the n."""
+
+    def too_many(k: int) -> float:
+        ways = [math.comb(x + k, k) * math.comb(n - k - 1 + ahead - x, ahead - x) for x in range(ahead + 1)]
+        return sum(w for x, w in enumerate(ways) if x > alpha * ahead + 1e-9) / math.comb(n + ahead, ahead)
+
+    fitting = [k for k in range(n) if too_many(k) <= delta - 1e-12]
+    found = allowed_openings(n, alpha, delta, ahead=ahead)
+    assert found in (max(fitting, default=-1), max([k for k in range(n) if too_many(k) <= delta + 1e-12], default=-1))
+
+
+@settings(deadline=None)
+@given(levels, levels, st.integers(1, 60))
+def test_of_ever_more_prompts_to_come_the_promise_is_that_of_all(alpha, delta, ahead):
+    needed = units_needed(alpha, delta, ahead=ahead)
+    assert allowed_openings(needed, alpha, delta, ahead=ahead) >= 0 > allowed_openings(needed - 1, alpha, delta, ahead=ahead)
+    assert units_needed(alpha, delta, ahead=20_000) == pytest.approx(units_needed(alpha, delta), rel=0.1, abs=1)
 
 
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=200), levels, levels)
@@ -75,6 +99,8 @@ def test_the_sentence_says_what_is_promised_or_what_is_missing():
         "At most 2% of harmful_keep prompts open the gate, with confidence 95%, drawn like the 300 prompts of "
         f"calibration, {made.opened} of which do ({made.allowed} may)."
     )
+    of_next = promise(range(300), bucket="harmful_keep", alpha=0.05, delta=0.05, ahead=100)
+    assert of_next.sentence().startswith("At most 5% of the next 100 harmful_keep prompts open the gate")
     short = promise(range(100), bucket="harmful_keep", alpha=0.02, delta=0.05)
     assert short.missing == 49 and "No promise" in short.sentence() and "49 more prompts are needed" in short.sentence()
     assert strictest([made, short]) is None and strictest([made]) == made.threshold and strictest([]) is None
@@ -96,3 +122,15 @@ def test_scores_that_cannot_be_used_are_refused():
         promise([1.0, float("nan")], bucket="edit", alpha=0.1, delta=0.1)
     with pytest.raises(ValueError, match="2 scores and 1 groups"):
         promise([1.0, 2.0], bucket="edit", alpha=0.1, delta=0.1, groups=["a"])
+
+
+def test_a_command_line_says_what_is_promised():
+    assert read_promise("0.05") == {"harmful": 0.05}
+    assert read_promise("0.05,benign=0.02, delta=0.2") == {"harmful": 0.05, "benign": 0.02, "delta": 0.2}
+    assert read_promise("benign=0.02,ahead=200") == {"benign": 0.02, "ahead": 200, "harmful": None}
+
+
+@pytest.mark.parametrize("text", ["", "often", "harmful=", "0.05,harmful=0.02", "edit=0.05", "ahead=1.5", "0.05,,"])
+def test_what_is_no_promise_is_one_clear_error(text):
+    with pytest.raises(PromiseError, match=r"is no promise. Write 0.05, or any of harmful, benign, delta, ahead once"):
+        read_promise(text)

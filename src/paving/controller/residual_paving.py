@@ -18,7 +18,7 @@ from paving.controller.gates import CONFORMAL, GatePolicy, MixturePolicy, Router
 from paving.controller.weights import ControllerWeights, Edit
 from paving.intervention import RowState
 from paving.traces.boundary import boundary_states
-from paving.traces.prefill import can_run_again, last_token_again
+from paving.traces.prefill import can_run_again, drop_past, keep_past, last_token_again
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,13 @@ class ResidualPaving:
             yield run
 
     def decide(self, z: Tensor, batch: PromptBatch) -> Decision:
-        """Boundary features (n, n_features) -> gate, mixture and veto of each row."""
+        """Boundary features (n, n_features) -> gate, mixture and veto of each row. A learned gate stays closed where its
+        logit is not finite; the row's state shows that logit."""
         with torch.no_grad():
             logit, mixture = self.weights.route(z)
             gate = self.policy.gate(logit, batch)
+            if self.policy.vetoable:  # a learned one: from a logit that is no number nothing can be decided
+                gate = torch.where(logit.isfinite(), gate, torch.zeros_like(gate))
             vetoed = None
             if self.use_veto and self.policy.vetoable:
                 vetoed = self.weights.veto(self.weights.router.normalise(z)) > self.weights.veto.threshold
@@ -160,6 +163,7 @@ class PavedBatch:
         self._edited = set(controller.config.edit_layers)
         self._late = not controller.config.reads_before_it_edits
         self._only_reads = False  # late routing: this pass over the prompt is not edited; its last token is run again
+        self._kept_past = ()  # layers of the cache whose window holds on to what it would drop, for that
         self._aside = False  # a pass of our own, beside the caller's
         self._within = False  # a pass whose arguments have been seen
 
@@ -198,7 +202,9 @@ class PavedBatch:
             columns = _columns_of(arguments)
             within_the_prompt = columns is not None and self.columns + columns <= self.batch.width
             self._only_reads = within_the_prompt and can_run_again(self._backbone, arguments)
-            if not self._only_reads:
+            if self._only_reads:
+                self._kept_past = keep_past(arguments)
+            else:
                 self._decide_aside()
 
     def _decide_aside(self) -> None:
@@ -215,9 +221,10 @@ class PavedBatch:
         if not self._only_reads:
             return None
         self._only_reads = False
-        if self.decision is None or not self.edits:
-            return None  # a part of the prompt, or every gate is closed
-        return last_token_again(self._backbone, arguments, output, self.decision.gate > 0)
+        if self.decision is None or not self.edits:  # a part of the prompt, or every gate is closed
+            drop_past(self._kept_past)
+            return None
+        return last_token_again(self._backbone, arguments, output, self.decision.gate > 0, self._kept_past)
 
     def _hook(self, layer: int) -> Edit:
         first, is_edit = layer == self._hooked[0], layer in self._edited

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.resources import as_file, files
@@ -78,7 +79,8 @@ def read_pairs(path: str | Path) -> list[dict]:
 
 def groups_near(pairs: Sequence[Prompt], prompts: Sequence[Prompt]) -> dict[Prompt, frozenset[str]]:
     """A pair's prompt -> the groups, casefolded, which it must not help to judge: its own focus, and those of
-    `prompts` that either side of its pair repeats or nearly repeats, as one drafted from a prompt does."""
+    `prompts` whose name stands in either side of its pair, or which a side repeats or nearly repeats, as one drafted from a
+    prompt does."""
     texts = list(dict.fromkeys(normalised(p.text) for p in (*pairs, *prompts)))
     close: dict[str, set[str]] = {text: {text} for text in texts}
     for i, j in near_pairs(texts):
@@ -87,10 +89,22 @@ def groups_near(pairs: Sequence[Prompt], prompts: Sequence[Prompt]) -> dict[Prom
     groups: dict[str, set[str]] = defaultdict(set)
     for prompt in prompts:
         groups[normalised(prompt.text)].add(prompt.group.casefold())
+    # A group that is named after its prompt is no word to look for, though no harm would come of it.
+    named = {p.group.casefold() for p in prompts if p.group != p.id}
+    patterns = {name: focus_word(re.sub(r"[\s_-]+", " ", name).strip()) for name in named}
     found: dict[str, set[str]] = defaultdict(set)
     for p in pairs:
+        found[pair_of(p)] |= {name for name, pattern in patterns.items() if pattern.search(p.text)}
         found[pair_of(p)] |= {p.group.casefold()}.union(*(groups[t] for t in close[normalised(p.text)] if t in groups))
     return {p: frozenset(found[pair_of(p)]) for p in pairs}
+
+
+def focus_word(word: str) -> re.Pattern[str]:
+    """The word with the regular endings of a verb, on the first of several: kills, stabbing, executed, wiping out."""
+    first, space, rest = word.partition(" ")
+    last = re.escape(first[-1:])
+    verb = rf"{re.escape(first[:-1])}(?:e|es|ed|ing)" if last == "e" else rf"{re.escape(first)}(?:{last}?(?:ed|ing)|e?s)?"
+    return re.compile(rf"\b({verb}){space}{re.escape(rest)}\b", re.IGNORECASE)
 
 
 def pair_of(prompt: Prompt) -> str:

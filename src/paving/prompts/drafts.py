@@ -14,7 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
-from .contrasts import contrast_prompts, read_pairs
+from .contrasts import contrast_prompts, focus_word, read_pairs
 from .starter_set import starter_prompts
 from .types import Prompt, PromptError
 
@@ -82,27 +82,19 @@ def _drafts(prompt: Prompt, focus: str, turn: int) -> Iterator[Draft]:
 def _focus(prompt: Prompt, known: Iterable[str]) -> str:
     if prompt.group != prompt.id:
         return prompt.group.strip()
-    found = ((match.start(), word) for word in known if (match := _word(word).search(prompt.text)))
+    found = ((match.start(), word) for word in known if (match := focus_word(word).search(prompt.text)))
     return min(found, default=(0, prompt.id))[1]
 
 
 def _up_to_verb(text: str, focus: str) -> str | None:
     """The text to the end of the focus word, where that is a verb with an object; None otherwise."""
     for part in dict.fromkeys((focus, *re.split(r"[_-]+", focus))):  # groups are often named kill-process
-        for match in _word(part).finditer(text) if len(part) > 2 else ():
+        for match in focus_word(part).finditer(text) if len(part) > 2 else ():
             before = set(re.findall(r"[\w']+", text[: match.start()].lower())[-1:])
             allowed = BEFORE_A_GERUND if match.group(1).lower().endswith("ing") else BEFORE_A_VERB
             if before & allowed and re.match(r"\s+\w", text[match.end() :]):
                 return text[: match.end()]
     return None
-
-
-def _word(word: str) -> re.Pattern[str]:
-    """The word with the regular endings of a verb, on the first of several: kills, stabbing, executed, wiping out."""
-    first, space, rest = word.partition(" ")
-    last = re.escape(first[-1:])
-    verb = rf"{re.escape(first[:-1])}(?:e|es|ed|ing)" if last == "e" else rf"{re.escape(first)}(?:{last}?(?:ed|ing)|e?s)?"
-    return re.compile(rf"\b({verb}){space}{re.escape(rest)}\b", re.IGNORECASE)
 
 
 def write_drafts(drafts: Sequence[Draft], path: str | Path) -> None:

@@ -130,7 +130,7 @@ def _prompt(row: Row, stem: str, bucket: Bucket, columns: Columns) -> Prompt:
         id=prompt_id,
         text=text,
         bucket=bucket,
-        group=group or prompt_id,
+        group=prompt_id if group is None else " ".join(group.split()).casefold(),  # "Kill " and "kill" are one word
         target=_text(row, columns.target or "target"),
         source=_text(row, columns.source or "source"),
     )

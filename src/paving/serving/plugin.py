@@ -26,7 +26,7 @@ from paving.circuit.base_files import fingerprint_of_files
 from paving.circuit.shards import open_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.residual_paving import ResidualPaving
-from paving.controller.store import read_controller
+from paving.controller.store import read_controller, read_description
 from paving.serving import answers
 from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
 from paving.serving.served import Asked, Served, asked_for
@@ -50,7 +50,7 @@ class ServingError(RuntimeError):
 def install(where: str) -> None:
     """raises ControllerError and ServingError for what cannot be served, before a model is loaded"""
     check_version()
-    controller = read_controller(controller_folder(where))
+    controller, promised = read_controller(controller_folder(where)), makes_a_promise(where)
     wrap = functools.partial(_wrap, where)
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -58,7 +58,7 @@ def install(where: str) -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    wrap(InputProcessor, "_validate_params", lambda old: _validate(old, controller))
+    wrap(InputProcessor, "_validate_params", lambda old: _validate(old, controller, promised))
     wrap(InputProcessor, "resolve_watermarking", _no_beams)  # what beam search asks first of all
     wrap(InputProcessor, "process_inputs", _no_sessions)
     wrap(Scheduler, "update_from_output", _tell)
@@ -163,6 +163,10 @@ def diagnostics_allowed() -> bool:
     return os.environ.get(ALLOW_ORACLE) == "1"
 
 
+def makes_a_promise(where: str) -> bool:
+    return bool((read_description(controller_folder(where)).get("trained_on") or {}).get("promises"))
+
+
 # --- the wrappers ---------------------------------------------------------------------------------------------------
 
 
@@ -182,14 +186,14 @@ def installed() -> str | None:
     return getattr(InputProcessor._validate_params, KEPT, None)
 
 
-def _validate(old: Callable, controller: ResidualPaving) -> Callable:
+def _validate(old: Callable, controller: ResidualPaving, promised: bool) -> Callable:
     """What no request may ask for is the user's error, HTTP 400, before anything is scheduled."""
     from vllm.exceptions import VLLMValidationError
 
     def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         found = asked(params)
         try:
-            asked_for(controller, found, diagnostics=diagnostics_allowed())
+            asked_for(controller, found, diagnostics=diagnostics_allowed(), promised=promised)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter=POLICY, value=found.policy) from None
         return old(self, params, *args, **kwargs)
@@ -253,7 +257,8 @@ def _load(old: Callable, where: str) -> Callable:
         check_base(self.model_config.model, controller)
         result = old(self, *args, **kwargs)
         device, dtype = torch.device(self.device), self.model_config.dtype
-        served = Served(controller, device=device, dtype=dtype, diagnostics=diagnostics_allowed())
+        rules = {"diagnostics": diagnostics_allowed(), "promised": makes_a_promise(where)}
+        served = Served(controller, device=device, dtype=dtype, **rules)
         setattr(self, KEPT, served)
         layers = decoder_layers(self.model)
         behind_blocks({layer: layers[layer] for layer in served.layers}, functools.partial(_edit, self, served))

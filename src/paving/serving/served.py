@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from paving.backbone import PromptBatch
+from paving.controller.gates import Conformal, Soft
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.weights import Edit
 from paving.intervention import RowState
@@ -73,9 +74,17 @@ class Served:
     then, the same pass once more: route layers at or above edit layers decide in the first and edit in the second.
     """
 
-    def __init__(self, controller: ResidualPaving, *, device: torch.device, dtype: torch.dtype, diagnostics: bool = False):
+    def __init__(
+        self,
+        controller: ResidualPaving,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        diagnostics: bool = False,
+        promised: bool = False,
+    ):
         self.controller = controller
-        self.diagnostics = diagnostics
+        self._rules = {"diagnostics": diagnostics, "promised": promised}
         self.dtype = dtype
         controller.weights.eval().requires_grad_(False).to(device)
         config = controller.config
@@ -157,7 +166,7 @@ class Served:
     def _admitted(self, span: Span, asked: Asked) -> Request:
         nobody = torch.zeros(1, 0, dtype=torch.int64, device=self.controller.weights.veto.bias.device)
         try:
-            controller = asked_for(self.controller, asked, diagnostics=self.diagnostics)
+            controller = asked_for(self.controller, asked, **self._rules)
         except ValueError as error:  # the front end has refused it already; whatever came through stays closed
             log.error("paving: %s: %s", span.request, error)
             return Request(self.controller, PromptBatch(nobody, nobody, (span.request,), (None,)), state=CLOSED)
@@ -232,8 +241,13 @@ class Served:
                 self._edits = self.controller.weights.experts.edits(strength, self.dtype)
 
 
-def asked_for(controller: ResidualPaving, asked: Asked, *, diagnostics: bool = False) -> ResidualPaving:
-    """The controller under what a request asks for. diagnostics: whether it may ask for what is for measuring alone.
+def asked_for(
+    controller: ResidualPaving, asked: Asked, *, diagnostics: bool = False, promised: bool = False
+) -> ResidualPaving:
+    """The controller under what a request asks for.
+
+    diagnostics  whether it may ask for what is for measuring alone
+    promised     whether calibration made a promise, which no request may then ask around
 
     raises ValueError for what a request may not ask for, naming what it may
     """
@@ -256,4 +270,10 @@ def asked_for(controller: ResidualPaving, asked: Asked, *, diagnostics: bool = F
                          "conformal:ALPHA.")  # fmt: skip
     if name == "oracle" and asked.bucket is None:
         raise ValueError(f"the oracle needs the prompt's bucket, one of {', '.join(buckets)}.")
-    return controller.with_policy(controller.policy_named(name), use_veto=use_veto)
+    policy = controller.policy_named(name)
+    if promised and not diagnostics:
+        if isinstance(policy, Soft):
+            raise ValueError("this controller makes a promise, and a soft gate, never quite closed, would break it.")
+        if isinstance(policy, Conformal):  # alpha is the user's to choose, below what was promised it opens nothing
+            policy = replace(policy, threshold=max(policy.threshold, controller.policy.threshold))
+    return controller.with_policy(policy, use_veto=use_veto)

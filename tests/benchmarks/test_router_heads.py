@@ -121,8 +121,10 @@ def test_every_kind_of_row_ranks_what_can_be_ranked(features, material, change):
     shuffles = features.out_of_fold(variant, material)
     by_id = {p.id: p for p in material.prompts}
     assert len(shuffles) == features.SHUFFLES and all(set(s) == set(by_id) for s in shuffles)
-    least = 0.7 if variant.head == "whitened" else 0.95  # as many components here as rows to whiten by
-    assert features.mean_auc(shuffles, by_id) > least and features.opened_at(shuffles, by_id) > 0.3
+    if variant.head == "whitened":  # as many components here as rows to whiten by: it ranks, not well
+        assert features.mean_auc(shuffles, by_id) > 0.7
+    else:
+        assert features.mean_auc(shuffles, by_id) > 0.95 and features.opened_at(shuffles, by_id) > 0.6
 
 
 def test_labels_without_meaning_rank_nothing(features, material):
