@@ -16,8 +16,8 @@ from paving.prompts import Bucket, Prompt
 from paving.run_engine import answers_folder, engine_of
 from paving.run_folder import RunError
 from paving.serving import offline
+from paving.serving.admission import BUCKET, POLICY, VETO
 from paving.serving.offline import asked_of
-from paving.serving.plugin import BUCKET, POLICY, VETO
 from tiny_models import ROUTED, lively, tiny_backbone
 
 PROMPT = Prompt("p", "x", Bucket.HARMFUL_KEEP, group="p")

@@ -37,6 +37,16 @@ def test_prompts_from_elsewhere_alarm_and_the_alarm_ends_with_them():
     assert not watch.drifted
 
 
+def test_a_handful_of_far_prompts_alarms_nobody():
+    watch = Drift(range(1000))
+    for i in range(29):
+        watch.seen(1e9)
+        assert watch.chance < 1e-6 or i < 5
+    assert not watch.drifted
+    watch.seen(1e9)
+    assert watch.drifted
+
+
 @given(st.lists(st.floats(-3, 3), min_size=19, max_size=50), st.lists(st.floats(-4, 4), max_size=80), st.integers(1, 30))
 def test_what_is_counted_is_the_last_window(calibration, served, window):
     watch = Drift(calibration, window=window)

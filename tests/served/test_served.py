@@ -201,8 +201,56 @@ def test_a_gate_that_cannot_be_decided_stays_closed(controller, monkeypatch, cap
     assert engine.served.requests["a"].state == CLOSED and "no gate could be decided for a" in caplog.text
     edited, _ = by_itself_before(controller, decide, engine.resid["b"][:, :3], 3)  # its neighbour is none the worse
     torch.testing.assert_close(collected(found, "b", 3), edited, rtol=1e-4, atol=1e-4)
-    engine.served.close_step()
-    assert all(request.strength is None for request in engine.served.requests.values())
+
+
+def test_what_breaks_at_a_layer_ends_the_open_and_leaves_the_closed_their_bits(controller):
+    asked = {"open": "soft", "closed": "closed", "new": None}
+    engine = Engine(controller, {"open": 4, "closed": 4, "new": 3})
+    engine.step(("open", 0, 4), ("closed", 0, 4), policies=asked)
+    served = engine.served
+    assert served.take_broken() == []
+    edited = controller.config.edit_layers[0]
+    after, broken_at = served.after_layer, edited
+
+    def breaking(layer, hidden, residual):
+        if layer != broken_at:
+            return after(layer, hidden, residual)
+        try:
+            raise RuntimeError("out of memory")
+        except RuntimeError:
+            served.break_step()  # as the engine's hook does
+
+    served.after_layer = breaking
+    found = engine.step(("open", 4, 1), ("closed", 4, 1), ("new", 0, 3), policies=asked)
+    assert served.take_broken()[-1] == "open" and served.take_broken() == []
+    assert served.requests["open"].strength is None and served.tell("open").failed
+    resid = engine.resid["closed"][:, 4]
+    assert torch.equal(found["closed", 4], (resid - resid / 4) + resid / 4)
+    served.after_layer = after
+    engine.step(("closed", 5, 1), policies=asked)  # and the next step is as ever
+    assert served.take_broken() == []
+
+
+def test_a_prompt_that_was_being_read_when_a_step_broke_goes_on_as_the_bases(controller):
+    engine = Engine(controller, {"a": 4, "half": 6})
+    spans = [Span("a", 0, 4, 0, 4), Span("half", 4, 3, 0, 6)]
+    engine.served.begin(spans, {})
+    engine.served.break_step()
+    assert engine.served.take_broken() == [] and engine.served.tell("a").failed
+    mean = "mean" in controller.config.pooling  # only then was the first half of a prompt to be read
+    assert (engine.served.requests["half"].state == CLOSED) == mean
+
+
+def test_a_request_that_was_not_even_admitted_when_a_step_broke_is_ended(controller, monkeypatch):
+    engine = Engine(controller, {"a": 4})
+    monkeypatch.setattr(Served, "_admitted", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.served.begin([Span("a", 0, 4, 0, 4)], {})
+    engine.served.break_step()
+    assert engine.served.take_broken() == ["a"]
+    engine.served.break_step()
+    engine.served.finish(["a"])
+    assert engine.served.take_broken() == []
 
 
 def test_a_prompt_whose_beginning_was_not_seen_is_not_averaged(controller, caplog):

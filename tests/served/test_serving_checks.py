@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -124,3 +125,16 @@ def test_without_a_controller_nothing_is_touched(monkeypatch):
     monkeypatch.delenv(entry.CONTROLLER, raising=False)
     monkeypatch.setattr(plugin, "install", lambda _where: pytest.fail("installed"))
     entry.register()
+
+
+def test_with_a_controller_the_runner_that_can_serve_it_is_chosen_unless_told_otherwise(monkeypatch):
+    asked = []
+    monkeypatch.setattr(plugin, "install", asked.append)
+    monkeypatch.setenv(entry.CONTROLLER, "my-run")
+    for given, found in ((None, "0"), ("1", "1")):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", given or "")
+        if given is None:
+            monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+        entry.register()
+        assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == found
+    assert asked == ["my-run", "my-run"]

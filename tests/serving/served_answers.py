@@ -20,6 +20,7 @@ TEXTS = (
 TOKENS = 28  # so that answers fill blocks of 32 tokens
 EARLY = ControllerConfig(route_layers=(2, 4), edit_layers=tuple(range(6, 30)))
 LATE = ControllerConfig(route_layers=(8, 12), edit_layers=tuple(range(6, 30)))
+SHIPPED = ControllerConfig(route_layers=(8, 12, 16), edit_layers=tuple(range(5, 30)), pooling="last+mean")  # as the demo's
 
 
 def controller_of(backbone: Backbone, config: ControllerConfig) -> ResidualPaving:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these in an environment of its own")
 
 from asked_engine import served, tokens
-from served_answers import EARLY, LATE, TEXTS, controller_of, expected
+from served_answers import EARLY, LATE, SHIPPED, TEXTS, controller_of, expected, gates_of
 
 from paving.backbone import EMBEDDED, Backbone, load_backbone, render_ids
 from paving.controller import save_controller
@@ -36,8 +36,11 @@ def test_open_rows_are_as_in_transformers_and_closed_rows_have_plain_vllms_bits(
     found, _ = served(
         tmp_path, folder, [(prompts, ["closed"] * n), (prompts, [None] * n), (prompts, mixed), (longer, ["closed"] * n)]
     )
-    (plain, plain_longer), _ = served(tmp_path, None, [(prompts, [None] * n), (longer, [None] * n)])
+    rounds = [(prompts, [None] * n), (prompts, [None] * n), (longer, [None] * n)]
+    (plain, plain_again, plain_longer), _ = served(tmp_path, None, rounds)
     assert found[0] == plain and tokens(found[3]) == tokens(plain_longer)
+    shut = [i for i, row in enumerate(gates_of(backbone, controller)) if row.gate == 0]
+    assert 0 < len(shut) < n and all(found[1][i] == plain_again[i] for i in shut)  # by the learned gate, beside open rows
     for a, b in zip(found[3], plain_longer, strict=True):
         assert a["log_probs"] == pytest.approx(b["log_probs"], abs=1e-3)  # edited states would be off by whole nats
     assert tokens(found[1]) == by[None]
@@ -46,14 +49,26 @@ def test_open_rows_are_as_in_transformers_and_closed_rows_have_plain_vllms_bits(
     assert tokens(found[2]) == [by[policy][i] for i, policy in enumerate(mixed)]
 
 
-@pytest.mark.parametrize("config", [EARLY, LATE], ids=["early", "late"])
+@pytest.mark.parametrize("config", [EARLY, SHIPPED], ids=["early", "as shipped"])
+def test_in_bfloat16_too_a_closed_row_has_plain_vllms_bits_beside_open_ones(backbone, prompts, tmp_path, config):
+    controller = controller_of(backbone, config)
+    folder = save_controller(controller, tmp_path / "c")
+    n = len(TEXTS)
+    policies = ["closed" if i % 2 else "soft" for i in range(n)]
+    (found,), _ = served(tmp_path, folder, [(prompts, policies)], dtype="bfloat16", enable_prefix_caching=False)
+    (plain,), _ = served(tmp_path, None, [(prompts, [None] * n)], dtype="bfloat16", enable_prefix_caching=False)
+    assert [found[i] == plain[i] for i in range(n)] == [policy == "closed" for policy in policies]
+
+
+@pytest.mark.parametrize("config", [EARLY, LATE, SHIPPED], ids=["early", "late", "as shipped"])
 def test_chunked_prompts_and_preempted_answers_are_as_whole_ones(backbone, prompts, tmp_path, config):
     controller = controller_of(backbone, config)
     folder = save_controller(controller, tmp_path / "c")
     # Chunks of 16 tokens, and so few blocks that requests push each other out and begin again.
     policies = ["closed" if i in (3, 4) else None for i in range(len(TEXTS))]  # closed rows beside open ones
     # All that runs is pushed out and begins again, once with prompts half read and once in the middle of answers.
-    (found,), said = served(tmp_path, folder, [(prompts, policies)], preempt_at=(4, 30), max_num_batched_tokens=16)
+    options = {"max_num_batched_tokens": 16} | ({"enable_prefix_caching": False} if config is SHIPPED else {})
+    (found,), said = served(tmp_path, folder, [(prompts, policies)], preempt_at=(4, 30), **options)
     assert set(said["preempted"]) == {4, 30}
     by = {policy: expected(backbone, controller, policy) for policy in ("closed", None)}
     assert tokens(found) == [by[policy][i] for i, policy in enumerate(policies)]

@@ -1,7 +1,8 @@
 """vLLM's front end: every answer says what its gate did, and the metrics count it.
 
 The engine sends a decision with the first output of a request (plugin). Here it is put into the answer, as `paving`: in
-every RequestOutput's `kv_transfer_params`, in the body of a chat or completion, and in the first chunk of a stream.
+every RequestOutput's `kv_transfer_params`, in the body of a chat, completion or response, and in the first chunk of a
+stream of the first two.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 def install(controller: ResidualPaving, wrap: Wrap) -> None:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
     from vllm.v1.engine.output_processor import OutputProcessor
 
     watch = Watch(controller)
@@ -33,6 +35,7 @@ def install(controller: ResidualPaving, wrap: Wrap) -> None:
     wrap(OpenAIServingChat, "chat_completion_full_generator", _whole_chat)
     wrap(OpenAIServingChat, "chat_completion_stream_generator", lambda old: _stream(old, _of_chat, before=0))
     wrap(OpenAIServingCompletion, "request_output_to_completion_response", _whole_completion)
+    wrap(ResponsesResponse, "from_request", _response)
     wrap(OpenAIServingCompletion, "completion_stream_generator", lambda old: _stream(old, _of_completion, before=1))
 
 
@@ -49,7 +52,8 @@ def _remember(watch: Watch, old: Callable) -> Callable:
             if fields is not None:
                 setattr(state, KEPT, fields)
                 try:
-                    watch.count(as_told(fields))
+                    if _first_of(state.parent_req):
+                        watch.count(as_told(fields), prompt=tuple(state.prompt_token_ids or ()))
                 except Exception:  # a count is worth no answer
                     log.exception("paving: the gate of %s could not be counted", output.request_id)
             elif known := getattr(state, KEPT, None):
@@ -57,6 +61,15 @@ def _remember(watch: Watch, old: Callable) -> Callable:
         return old(self, outputs, *args, **kwargs)
 
     return process
+
+
+def _first_of(parent: Any) -> bool:
+    """Of several samples (n > 1) each is a request to the engine, with the gate of their one prompt."""
+    if parent is None:
+        return True
+    seen = hasattr(parent, KEPT)
+    setattr(parent, KEPT, True)
+    return not seen
 
 
 def taken(output: Any) -> dict[str, Any] | None:
@@ -86,6 +99,20 @@ def _whole_completion(old: Callable) -> Callable:
         return response
 
     return whole
+
+
+def _response(old: Callable) -> Callable:
+    """A class method, bound already. Its caller hands vLLM's field on as it came from the last output."""
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        params = dict(kwargs.get("kv_transfer_params") or {})
+        fields = params.pop(FIELD, None)
+        response = old(*args, **{**kwargs, "kv_transfer_params": params or None})
+        if fields is not None:
+            setattr(response, FIELD, fields)
+        return response
+
+    return made
 
 
 def _of_chat(result: Any) -> dict[str, Any] | None:

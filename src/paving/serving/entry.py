@@ -12,6 +12,8 @@ ALLOW_ORACLE = "PAVING_ALLOW_ORACLE"  # 1: requests may give their prompt's true
 def register() -> None:
     """vLLM calls it in every process, sometimes twice."""
     if where := os.environ.get(CONTROLLER):
+        # On some machines vLLM would take its second model runner, which serves no controller.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         from paving.serving.plugin import install
 
         install(where)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 
 from paving.controller.gates import CONFORMAL
 from paving.controller.residual_paving import ResidualPaving
-from paving.serving.drift import LEVEL, Drift
+from paving.serving.drift import LEVEL, WINDOW, Drift
 from paving.serving.told import Told
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def meters() -> Meters:
 
     return Meters(
         requests=Counter("paving:requests", "Requests by policy and by whether their gate opened.", ("policy", "gate")),
-        vetoes=Counter("paving:vetoes", "Gates that the veto closed."),
+        vetoes=Counter("paving:vetoes", "Gates that the veto closed, which would have opened."),
         abstentions=Counter("paving:abstentions", "Gates of a conformal policy that abstained."),
         failures=Counter("paving:gate_failures", "Gates that could not be decided and stayed closed."),
         gate=Histogram("paving:gate", "Gates as they were applied; 0 is closed.", buckets=GATES),
@@ -50,7 +51,9 @@ def meters() -> Meters:
         ),
         far=gauge("paving:far_ratio", f"Share of recent prompts farther off than {1 - LEVEL:.0%} of calibration's."),
         drifted=gauge("paving:drift", "1 where recent prompts are unlike calibration's, so that its promise says nothing."),
-        calibration=gauge("paving:calibration_open_ratio", "Share of calibration's groups whose gate opens.", ("bucket",)),
+        calibration=gauge(
+            "paving:calibration_open_ratio", "Share of calibration's groups whose gate opens, before any veto.", ("bucket",)
+        ),
     )
 
 
@@ -61,16 +64,18 @@ class Watch:
         self.controller = controller
         self.meters = meters()
         self.drift = _drift(controller)
+        self._recent: dict[int, None] = {}  # hashes of the prompts in the drift watch's window, oldest first
         self._warned = False
         for bucket, share in calibration_open(controller).items():
             self.meters.calibration.labels(bucket).set(share)
 
-    def count(self, told: Told) -> None:
+    def count(self, told: Told, *, prompt: Hashable | None = None) -> None:
+        """prompt: by which a repeated one is known, that says nothing new of where prompts lie."""
         kind, _, alpha = told.policy.partition(":")  # a label's values must be few, and users choose alpha
         self.meters.requests.labels(kind, "open" if told.gate > 0 else "closed").inc()
         if told.failed:
             self.meters.failures.inc()
-        if told.veto:
+        if told.veto and told.logit is not None and self._would_open(told.policy, told.logit):
             self.meters.vetoes.inc()
         if told.logit is None:
             return  # asked to be closed: nothing was decided, and no prompt looked at
@@ -78,12 +83,23 @@ class Watch:
         if kind == CONFORMAL and self.controller.reference.verdict(told.logit, float(alpha)) == "abstain":
             self.meters.abstentions.inc()
         if told.boundary is not None:
-            self._watch(told.boundary)
+            self.meters.boundary.observe(told.boundary)
+            if self.drift is not None and (prompt is None or self._is_new(hash(prompt))):
+                self._watch(told.boundary)
+
+    def _would_open(self, policy: str, logit: float) -> bool:
+        gate = self.controller.policy_named(policy).gate(torch.tensor([logit]), None)
+        return bool(gate > 0)
+
+    def _is_new(self, prompt: int) -> bool:
+        known = prompt in self._recent
+        self._recent.pop(prompt, None)
+        self._recent[prompt] = None
+        if len(self._recent) > WINDOW:
+            del self._recent[next(iter(self._recent))]
+        return not known
 
     def _watch(self, boundary: float) -> None:
-        self.meters.boundary.observe(boundary)
-        if self.drift is None:
-            return
         self.drift.seen(boundary)
         drifted = self.drift.drifted
         self.meters.far.set(self.drift.far / self.drift.n)

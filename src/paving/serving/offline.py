@@ -22,9 +22,10 @@ from paving.generation import Completion, Decoding, Tick, completion_of
 from paving.intervention import Identity, Intervention, RowState
 from paving.processes import rank_and_world
 from paving.prompts.types import Prompt
+from paving.serving.admission import BUCKET, POLICY, VETO
 from paving.serving.command import NEEDED, local_checkpoint
 from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
-from paving.serving.plugin import BUCKET, POLICY, VETO, ServingError, install, installed
+from paving.serving.plugin import ServingError, install, installed
 from paving.serving.told import FIELD, Told, as_told
 
 CHUNK = 256  # prompts handed over at once: between two chunks there is progress to show

@@ -2,15 +2,14 @@
 
     PAVING_CONTROLLER=my-run python -m vllm.entrypoints.openai.api_server --model MODEL --enforce-eager
 
-Per request: SamplingParams.extra_args["paving_policy"], over HTTP `vllm_xargs`. What vLLM calls its insides stands in this
-file and nowhere else. Whatever could leave a request unedited, or edit one that should not be, is refused before it starts.
+What vLLM calls its insides stands in this file, at its front end in `admission` and `answers`, and nowhere else. Whatever
+could leave a request unedited, or edit one that should not be, is refused before it starts.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -26,19 +25,20 @@ from paving.circuit.base_files import fingerprint_of_files
 from paving.circuit.shards import open_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.residual_paving import ResidualPaving
-from paving.controller.store import read_controller, read_description
-from paving.serving import answers
-from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
-from paving.serving.served import Asked, Served, asked_for
+from paving.controller.store import read_controller
+from paving.serving import admission, answers
+from paving.serving.admission import asked, diagnostics_allowed, makes_a_promise
+from paving.serving.entry import CONTROLLER
+from paving.serving.served import Served
 from paving.serving.steps import spans_of
 from paving.serving.told import FIELD
 
-POLICY, BUCKET, VETO = "paving_policy", "paving_bucket", "paving_veto"  # of a request's extra arguments
 SUPPORTED = "0.32."  # the runner's methods that are wrapped below are no public interface
 # Whose blocks return (hidden, residual) with the residual stream as their sum: those of others would be misread.
 SERVED = tuple(f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3"))
 FILES = ("auto", "safetensors", "hf")
-KEPT = "_paving"  # on a model runner: its Served, and the step under way
+KEPT = "_paving"  # on a model runner: its Served, and the step under way; on its output: what was decided
+BROKEN = KEPT + "_broken"  # on its output: requests that cannot go on
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +50,14 @@ class ServingError(RuntimeError):
 def install(where: str) -> None:
     """raises ControllerError and ServingError for what cannot be served, before a model is loaded"""
     check_version()
-    controller, promised = read_controller(controller_folder(where)), makes_a_promise(where)
+    controller = read_controller(controller_folder(where))
     wrap = functools.partial(_wrap, where)
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    wrap(InputProcessor, "_validate_params", lambda old: _validate(old, controller, promised))
-    wrap(InputProcessor, "resolve_watermarking", _no_beams)  # what beam search asks first of all
-    wrap(InputProcessor, "process_inputs", _no_sessions)
+    admission.install(where, controller, wrap)
     wrap(Scheduler, "update_from_output", _tell)
     answers.install(controller, wrap)
     wrap(kv_cache_utils, "generate_block_hash_extra_keys", _taint)
@@ -153,20 +150,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def asked(params: Any) -> Asked:
-    """What a request asks for. Pooling requests have no such thing. raises nothing: `asked_for` says what is wrong"""
-    extra = getattr(params, "extra_args", None) or {}
-    return Asked(extra.get(POLICY), extra.get(BUCKET), extra.get(VETO))
-
-
-def diagnostics_allowed() -> bool:
-    return os.environ.get(ALLOW_ORACLE) == "1"
-
-
-def makes_a_promise(where: str) -> bool:
-    return bool((read_description(controller_folder(where)).get("trained_on") or {}).get("promises"))
-
-
 # --- the wrappers ---------------------------------------------------------------------------------------------------
 
 
@@ -184,50 +167,6 @@ def installed() -> str | None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     return getattr(InputProcessor._validate_params, KEPT, None)
-
-
-def _validate(old: Callable, controller: ResidualPaving, promised: bool) -> Callable:
-    """What no request may ask for is the user's error, HTTP 400, before anything is scheduled."""
-    from vllm.exceptions import VLLMValidationError
-
-    def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        found = asked(params)
-        try:
-            asked_for(controller, found, diagnostics=diagnostics_allowed(), promised=promised)
-        except ValueError as error:
-            raise VLLMValidationError(str(error), parameter=POLICY, value=found.policy) from None
-        return old(self, params, *args, **kwargs)
-
-    return validate
-
-
-def _no_beams(old: Callable) -> Callable:
-    """Beam search makes a new request of every beam and token, and takes no policy along."""
-    from vllm.exceptions import VLLMValidationError
-    from vllm.sampling_params import BeamSearchParams
-
-    def resolve(self: Any, params: Any) -> bool:
-        if isinstance(params, BeamSearchParams):
-            raise VLLMValidationError(
-                "beam search would decide a gate anew at every token; use greedy decoding or sampling."
-            )
-        return old(self, params)
-
-    return resolve
-
-
-def _no_sessions(old: Callable) -> Callable:
-    """A session that is fed further turns keeps its first gate, and blocks that were edited under it."""
-    from vllm.exceptions import VLLMValidationError
-
-    def process(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("resumable"):
-            raise VLLMValidationError(
-                "a resumable request has one gate for all its turns; send each turn as its own request."
-            )
-        return old(self, *args, **kwargs)
-
-    return process
 
 
 def _refuse_runner(_old: Callable) -> Callable:
@@ -268,14 +207,18 @@ def _load(old: Callable, where: str) -> Callable:
 
 
 def _edit(runner: Any, served: Served, layer: int, output: Any) -> None:
+    known = runner.__dict__.setdefault(KEPT + "_layers", set())  # whose output has been looked at
     if getattr(runner, KEPT + "_step", None) is None:  # a profile or warm-up run: what cannot be edited is refused there
         check_output(output, served)
         return
     try:
+        if layer not in known:  # not every engine has such a run
+            check_output(output, served)
+            known.add(layer)
         served.after_layer(layer, *output)
     except Exception:
-        log.exception("paving: layer %d could not be read or edited; the gates of this step are closed", layer)
-        served.close_step()
+        log.exception("paving: layer %d could not be read or edited; requests with open gates are ended", layer)
+        served.break_step()
 
 
 def check_output(output: Any, served: Served) -> None:
@@ -290,14 +233,24 @@ def check_output(output: Any, served: Served) -> None:
 
 
 def _say(old: Callable) -> Callable:
-    """In the worker: what was decided in a step goes with its output, over to the engine's process if that is another."""
+    """In the worker: what was decided in a step, and what went wrong in it, goes with its output, over to the engine's
+    process if that is another."""
 
     def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = old(self, *args, **kwargs)
-        told = getattr(self, KEPT).told_of_step()
-        if told:  # the object that is no step's output is shared, and never written
+        served: Served = getattr(self, KEPT)
+        try:
+            told = {name: one.as_dict() for name, one in served.told_of_step().items()}
+        except Exception:
+            log.exception("paving: what the gates of this step did cannot be told; its requests are ended")
+            told, broken = {}, served.names_of_step()
+        else:
+            broken = served.take_broken()
+        if told or broken:  # what is no step's output is one shared object, and never written
             # What comes asynchronously holds what will be sent.
-            setattr(getattr(output, "_model_runner_output", output), KEPT, {k: v.as_dict() for k, v in told.items()})
+            sent = getattr(output, "_model_runner_output", output)
+            setattr(sent, KEPT, told)
+            setattr(sent, BROKEN, broken)
         return output
 
     return sample
@@ -305,9 +258,11 @@ def _say(old: Callable) -> Callable:
 
 def _tell(old: Callable) -> Callable:
     """In the scheduler: a decision waits for the first of its request's outputs, and goes with it. A part of a prompt has
-    none, and what comes from before a preemption may be dropped."""
+    none, and what comes from before a preemption may be dropped. What is broken ends as vLLM ends requests whose grammar
+    does not compile: with an error of its own, and no other is the worse for it."""
 
     def update(self: Any, scheduled: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        self.grammar_compile_error_reqs |= self.requests.keys() & set(getattr(output, BROKEN, ()))
         found = old(self, scheduled, output, *args, **kwargs)
         waiting: dict[str, dict] = self.__dict__.setdefault(KEPT, {})
         waiting |= getattr(output, KEPT, {})
@@ -350,11 +305,19 @@ def _forward(old: Callable) -> Callable:
             [int(batch.num_computed_tokens_cpu[i]) for i in range(len(names))],
             [int(batch.num_prompt_tokens[i]) for i in range(len(names))],
         )
-        served.begin(spans, {name: asked(self.requests[name].sampling_params) for name in names})
+        _or_broken(served, lambda: served.begin(spans, {n: asked(self.requests[n].sampling_params) for n in names}))
         output = old(self, *args, **kwargs)
         if served.again:
-            served.second_pass()
+            _or_broken(served, served.second_pass)
             output = old(self, *args, **kwargs)
         return output
 
     return forward
+
+
+def _or_broken(served: Served, prepare: Callable[[], None]) -> None:
+    try:
+        prepare()
+    except Exception:
+        log.exception("paving: a step could not be prepared; its requests with open gates are ended")
+        served.break_step()

@@ -1,7 +1,8 @@
 """The controller of an engine: decides once a request, edits its rows step by step, forgets it when it is gone.
 
 No engine is imported here: a step is spans (serving.steps), and layers hand in their output. What goes wrong while a gate is
-decided closes that request's gate; what goes wrong in a layer, where all are edited at once, those of the whole step.
+decided closes that request's gate. What goes wrong at a layer, where all are edited at once, breaks the step's requests with
+open gates: half edited, they would be neither the base's nor the controller's, so the engine ends them.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class Served:
         self._rows: Tensor | None = None
         self._edits: dict[int, Edit] = {}
         self._planned: list[tuple[Request, range]] = []  # what the edits were made for
+        self._broken: set[str] = set()
 
     def begin(self, spans: Sequence[Span], asked: Mapping[str, Asked]) -> None:
         """asked: request -> what its user asked for; nothing for one that is not in it."""
@@ -137,12 +139,27 @@ class Served:
         self.again, self._reads = False, []
         self._plan_edits()
 
-    def close_step(self) -> None:
-        """After a failure: every request of this step goes on as the base's."""
+    def break_step(self) -> None:
+        """After a failure outside a single gate's decision: what was being read goes on as the base's, its gate failed; what
+        was being edited is broken. Rows of closed gates were not touched."""
         for span in self._spans:
-            request = self.requests[span.request]
-            request.state, request.strength = CLOSED, None
+            request = self.requests.get(span.request)
+            if request is None or request.strength is not None:
+                self._broken.add(span.request)
+            if request is None:  # not even admitted
+                continue
+            read = span.last_prompt_row is not None or "mean" in self.controller.config.pooling
+            if request.strength is not None or (request.state is None and read):
+                request.state, request.strength = CLOSED, None
         self.again, self._reads, self._read, self._edits, self._rows, self._planned = False, [], {}, {}, None, []
+
+    def names_of_step(self) -> list[str]:
+        return [span.request for span in self._spans]
+
+    def take_broken(self) -> list[str]:
+        """The requests that are broken, once."""
+        broken, self._broken = sorted(self._broken), set()
+        return broken
 
     def tell(self, request: str) -> Told | None:
         """What was decided, once; None before, and ever after."""
@@ -162,6 +179,7 @@ class Served:
     def finish(self, requests: Iterable[str]) -> None:
         for name in requests:
             self.requests.pop(name, None)
+            self._broken.discard(name)
 
     def _admitted(self, span: Span, asked: Asked) -> Request:
         nobody = torch.zeros(1, 0, dtype=torch.int64, device=self.controller.weights.veto.bias.device)
