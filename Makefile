@@ -49,7 +49,7 @@ $(VLLM_VENV)/.testable: pyproject.toml
 	@touch $@
 
 bench: $(VENV)/.installed
-	$(PIP) --no-deps steering-vectors peft
+	$(PIP) --no-deps steering-vectors repeng peft
 	$(BIN)/python benchmarks/decode_overhead.py
 	$(BIN)/python benchmarks/train_step.py
 

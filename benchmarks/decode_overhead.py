@@ -10,6 +10,7 @@ Variants, all through one function (enter a context, call `model.generate`, leav
     late closed    the router reads blocks in the middle, above the first edited one; every gate closed
     late open      the same, every gate open: the last prompt token is run again, one decode step a call
     steering       the steering-vectors library, one vector on each of the same layers
+    repeng         the repeng library, the same vectors, on a second copy of the model, whose blocks it wraps
     lora           PEFT, LoRA r=16 on down_proj of the same layers, unmerged, adapters in the model's own dtype
                    (PEFT would otherwise keep them in float32), on a second copy of the model
 
@@ -40,8 +41,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -103,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         print(
             f"not installed: {', '.join(missing)}; no comparator is left out silently. Install them: "
-            "pip install 'paving[bench]' && pip install --no-deps steering-vectors "
-            "(--no-deps, as it asks for transformers 4 but runs with 5)",
+            "pip install 'paving[bench]' && pip install --no-deps steering-vectors repeng "
+            "(--no-deps, as one asks for transformers 4 but runs with 5)",
             file=sys.stderr,
         )
         return 2
@@ -137,13 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def missing_comparators() -> list[str]:
-    missing = []
-    for module, package in (("steering_vectors", "steering-vectors"), ("peft", "peft")):
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    return missing
+    packages = {"steering_vectors": "steering-vectors", "repeng": "repeng", "peft": "peft"}
+    return [package for module, package in packages.items() if find_spec(module) is None]
 
 
 # --- the variants ---
@@ -155,7 +153,7 @@ def variants(backbone: Backbone, controller: ResidualPaving) -> list[Variant]:
     layers = controller.config.edit_layers
     late = reading_late(backbone, layers)
     late_closed, late_open = late.with_policy(Closed()), late.with_policy(AlwaysOpen())
-    steered, with_lora = steering(backbone, layers), lora(backbone, layers)
+    steered, wrapped, with_lora = steering(backbone, layers), repeng(backbone, layers), lora(backbone, layers)
     return [
         Variant("plain", backbone, plain, lambda batch: nullcontext()),
         Variant("closed", backbone, plain, lambda batch: closed.apply(backbone, batch)),
@@ -163,6 +161,7 @@ def variants(backbone: Backbone, controller: ResidualPaving) -> list[Variant]:
         Variant("late closed", backbone, plain, lambda batch: late_closed.apply(backbone, batch)),
         Variant("late open", backbone, plain, lambda batch: late_open.apply(backbone, batch)),
         Variant("steering", backbone, plain, lambda batch: steered()),
+        Variant("repeng", wrapped, wrapped.model.generate, lambda batch: nullcontext()),
         Variant("lora", with_lora, with_lora.model.generate, lambda batch: nullcontext()),
     ]
 
@@ -176,12 +175,27 @@ def reading_late(backbone: Backbone, layers: Sequence[int]) -> ResidualPaving:
     return controller
 
 
+def directions_of(backbone: Backbone, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {la: torch.randn(backbone.d_model, generator=generator) * 0.02 for la in layers}
+
+
+def repeng(backbone: Backbone, layers: Sequence[int]) -> Backbone:
+    """A second copy of the model with its control set: repeng wraps a model's own blocks."""
+    if not hasattr(np, "float_"):  # repeng 0.4 names it, and NumPy 2 no longer has it
+        np.float_ = np.float64
+    from repeng import ControlModel
+
+    model = copy.deepcopy(backbone.model)
+    vectors = {layer: v.to(backbone.device, backbone.dtype) for layer, v in directions_of(backbone, layers).items()}
+    ControlModel(model, list(layers)).set_raw_control(vectors)
+    return Backbone(model=model, tokenizer=backbone.tokenizer, name=backbone.name + " under repeng")
+
+
 def steering(backbone: Backbone, layers: Sequence[int]) -> Callable[[], AbstractContextManager]:
     from steering_vectors import SteeringVector
 
-    generator = torch.Generator().manual_seed(1)
-    directions = {la: torch.randn(backbone.d_model, generator=generator) * 0.02 for la in layers}
-    vector = SteeringVector(directions).to(device=backbone.device, dtype=backbone.dtype)
+    vector = SteeringVector(directions_of(backbone, layers)).to(device=backbone.device, dtype=backbone.dtype)
     return lambda: vector.apply(backbone.model)
 
 
@@ -217,6 +231,7 @@ def edit_weights(every_variant: Sequence[Variant], controller: ResidualPaving) -
         "late closed": 0,
         "late open": active * experts.w_in.shape[-1] * (2 * d + 1),
         "steering": len(controller.config.edit_layers) * d,
+        "repeng": len(controller.config.edit_layers) * d,
         "lora": sum(p.numel() for name, p in with_lora.named_parameters() if "lora_" in name),
     }
 

@@ -2,6 +2,7 @@
 
     python benchmarks/protocols.py paper       --data DIR   # edit SALAD, benign Alpaca, harmful HarmBench
     python benchmarks/protocols.py same-source --data DIR   # edit XSTest-safe, harmful XSTest-unsafe, split by focus word
+    python benchmarks/protocols.py same-source --data DIR --gate [--promise 0.1] [--benign 0.01]    # with searched gates
 
 DIR holds saladbench.jsonl, alpaca.jsonl, harmbench.jsonl and xstest.jsonl. The cautious model is built once, from 300
 SALAD and 300 Alpaca prompts that no bucket contains. A killed command goes on where it was.
@@ -21,10 +22,13 @@ from paving.evaluation.results import Metrics
 from paving.evaluation.seeds import pooled_difference, pooled_rate, pooled_score, spread
 from paving.evaluation.three_way import KEEPS
 from paving.prompts import Bucket, BucketSizes, Prompt, SplitSizes, read_prompts
+from paving.router_search import search_router
 from paving.run import Means, evaluate, split_of, train
 from paving.run_folder import RunConfig, read_config
 from paving.training.config import TrainingConfig
+from paving.training.gate_search import GateSearch
 from paving.training.organism import OrganismConfig, build_organism
+from paving.training.promise import PromiseConfig, read_promise
 
 ORGANISM_ROWS = 300
 # Chosen by cross-validation on training prompts (docs/results.md); the paper reads blocks 1-4 at the last token.
@@ -40,6 +44,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".bench"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--route", choices=("late", "paper"), default="late", help="what the router reads (see LATE)")
+    parser.add_argument("--gate", action="store_true", help="the same experts behind a searched gate (docs/routing.md)")
+    parser.add_argument("--promise", default=None, help="with --gate: what it promises, as 0.1 (docs/promise.md)")
+    parser.add_argument("--benign", type=float, default=GateSearch().benign, help="with --gate: benign keeps that may open")
+    parser.add_argument("--policies", nargs="*", default=[], help="further rows by gate, as conformal:0.1")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -49,17 +57,34 @@ def main() -> None:
     make = paper if arguments.protocol == "paper" else same_source
     controller = LATE if arguments.route == "late" else PAPER
     name = arguments.protocol if arguments.route == "late" else f"{arguments.protocol}-blocks1-4"
-    folders = [arguments.out / f"{name}-seed{seed}" for seed in arguments.seeds]
-    for seed, folder in zip(arguments.seeds, folders, strict=True):
+    folders = []
+    for seed in arguments.seeds:
         means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
+        folder = arguments.out / f"{name}-seed{seed}"
         if not (folder / "metrics.json").exists():
             train(make(arguments.data, arguments.out, organism, seed, controller), folder, means)
-        if not (folder / "metrics.json").exists() or not (folder / "divergence").exists():
-            evaluate(folder, means)
+        if arguments.gate:
+            folder = searched(folder, arguments, means)
+        rows = [r.name for r in metrics_of(folder).rows] if (folder / "metrics.json").exists() else []
+        if not rows or set(arguments.policies) - set(rows) or not (folder / "divergence").exists():
+            evaluate(folder, means, policies=arguments.policies)
+        folders.append(folder)
+    name = folders[0].name.replace(f"-seed{arguments.seeds[0]}", "")
     summary = summarise(folders)
     seeds = "-".join(map(str, arguments.seeds))
     (arguments.out / f"{name}-seeds{seeds}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     print(json.dumps(summary, indent=1) if arguments.json else markdown(summary))
+
+
+def searched(run: Path, arguments: argparse.Namespace, means: Means) -> Path:
+    """The run folder of the same experts behind a searched gate; its name says what was asked for."""
+    promise = None if arguments.promise is None else PromiseConfig(**read_promise(arguments.promise))
+    asked = [] if arguments.promise is None else [f"promise-{arguments.promise}"]
+    if arguments.benign != GateSearch().benign:
+        asked.append(f"benign-{arguments.benign:g}")
+    folder = run.with_name("-".join([run.name, "gate", *asked]))
+    search_router(run, folder, GateSearch(benign=arguments.benign), means, promise)
+    return folder
 
 
 def paper(data: Path, out: Path, organism: Path, seed: int, controller: ControllerConfig) -> RunConfig:

@@ -1,17 +1,19 @@
 """Tokens a second of vLLM with a controller against plain vLLM, at one, a few and many requests at once.
 
-    python benchmarks/serving_throughput.py [--requests 1 8 64] [--rounds 5] [--threads 1] [--json] [--quick]
+    python benchmarks/serving_throughput.py [--requests 1 8 64] [--rounds 5] [--shared 0] [--json] [--quick]
 
-In an environment with vLLM (see `make test-vllm`), PEFT and steering-vectors. Engines live in processes of their own and
-wait while another one works; all settings take turns within a round, each round beginning with the next one. A ratio is
+In an environment with vLLM (see `make test-vllm`), PEFT, steering-vectors and repeng. Engines live in processes of their own
+and wait while another one works; all settings take turns within a round, each round beginning with the next one. A ratio is
 paired by round: time of plain vLLM divided by the setting's, so 1 is as fast and less is slower. The settings:
 
     off, closed, half, open   one engine with a controller: not asked; asked, and no gate opens; every second; every one
+    late, ...                 another, whose router reads blocks 8, 12 and 16, last token and mean (LATE of protocols.py): a
+                              step in which its gate opens is run twice, and it has no prefix cache
     LoRA                      plain vLLM with a PEFT adapter of rank 16 on the FFN output of the same blocks
-    transformers, ...         the same requests as one batch: plain, with the controller open, and with steering-vectors
+    transformers, ...         the same requests as one batch: plain, with the controller open, with steering-vectors, repeng
 
-Prompts are random tokens, never the same twice, so that no prefix cache helps anyone. Bars: off and closed 0.97, half 0.95,
-open 0.92.
+Prompts are random tokens, never the same twice, so that no prefix cache helps anyone, but for the first `--shared` of them,
+which are the same in all. Bars: off and closed 0.97, half 0.95, open 0.92.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from decode_overhead import lora, missing_comparators, random_prompts, timed_cal
 from paired import lively_controller, machine, machine_line, ratio_over_rounds, rotated_rounds
 from paving.backbone import EMBEDDED, Backbone, load_backbone
 from paving.backbone.embedded import embedded_checkpoint
-from paving.controller import save_controller
+from paving.controller import ResidualPaving, save_controller
+from protocols import LATE as LATE_CONFIG
 
 BARS = {"off": 0.97, "closed": 0.97, "half": 0.95, "open": 0.92}
 # Setting -> what the requests of one call ask for, in turn. The oracle decides by label, and reads and routes as any gate.
@@ -48,7 +51,13 @@ ASKED: dict[str, list[dict]] = {
     "open": [{"paving_policy": "oracle", "paving_bucket": "edit"}],
 }
 PLAIN, LORA = "plain", "LoRA"
-HERE = {"transformers": "plain", "transformers, controller open": "open", "transformers, steering-vectors": "steering"}
+LATE = ("off", "closed", "open")
+HERE = {
+    "transformers": "plain",
+    "transformers, controller open": "open",
+    "transformers, steering-vectors": "steering",
+    "transformers, repeng": "repeng",
+}
 Timed = Callable[[Sequence[Sequence[int]], int], float]
 
 
@@ -60,6 +69,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--shared", type=int, default=0, help="leading tokens that all prompts share (default: 0)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="smoke test: 2 rounds of 4 tokens, 1 and 2 requests")
     parser.add_argument("--engine", nargs=2, metavar=("MODEL", "OPTIONS"), help=argparse.SUPPRESS)
@@ -68,6 +78,8 @@ def main() -> int:
         return serve(args.engine[0], json.loads(args.engine[1]))
     if args.quick:
         args.requests, args.tokens, args.rounds = [1, 2], 4, 2
+    if not 0 <= args.shared < args.prompt:
+        parser.error("--shared must leave every prompt a token of its own")
     if missing := missing_comparators():
         sys.exit(f"not installed: {', '.join(missing)}; no comparator is left out silently (see the README's benchmarks).")
     torch.set_num_threads(args.threads)
@@ -78,6 +90,7 @@ def main() -> int:
     report = {
         "machine": machine(backbone) | {"dtype": args.dtype},
         "prompt_tokens": args.prompt,
+        "shared_tokens": args.shared,
         "new_tokens": args.tokens,
         "rounds": args.rounds,
         "bars": BARS,
@@ -99,14 +112,17 @@ def settings_of(backbone: Backbone, args: argparse.Namespace, stack: ExitStack) 
         "dtype": args.dtype, "enforce_eager": True, "max_model_len": args.prompt + args.tokens + 8,
         "max_num_seqs": max(args.requests),
     }  # fmt: skip
-    served = {"PAVING_CONTROLLER": str(folder / "controller"), "PAVING_ALLOW_ORACLE": "1"}
+    save_controller(late_controller(backbone), folder / "late")
+    served, late = ({"PAVING_CONTROLLER": str(folder / name), "PAVING_ALLOW_ORACLE": "1"} for name in ("controller", "late"))
+    no_cache = options | {"enable_prefix_caching": False}
     with_lora = options | {"enable_lora": True, "max_lora_rank": 16, "paving_adapter": str(folder / "lora")}
-    plain, paved, adapted = (
+    plain, paved, paved_late, adapted = (
         stack.enter_context(engine(given, more, args.threads))
-        for given, more in ((options, {}), (options, served), (with_lora, {}))
+        for given, more in ((options, {}), (options, served), (no_cache, late), (with_lora, {}))
     )
     found: dict[str, Timed] = {PLAIN: lambda prompts, n: plain(prompts, n, [None])}
     found |= {name: (lambda prompts, n, asked=asked: paved(prompts, n, asked)) for name, asked in ASKED.items()}
+    found |= {f"late, {k}": (lambda prompts, n, asked=ASKED[k]: paved_late(prompts, n, asked)) for k in LATE}
     found[LORA] = lambda prompts, n: adapted(prompts, n, [None])
     by_name = {v.name: v for v in variants(backbone, controller)}
 
@@ -118,6 +134,12 @@ def settings_of(backbone: Backbone, args: argparse.Namespace, stack: ExitStack) 
         return timed
 
     return found | {name: here(variant) for name, variant in HERE.items()}
+
+
+def late_controller(backbone: Backbone) -> ResidualPaving:
+    controller = lively_controller(backbone, LATE_CONFIG).with_scale(1.0)
+    controller.weights.eval().requires_grad_(False)
+    return controller
 
 
 @contextmanager
@@ -182,8 +204,11 @@ def measure(settings: Mapping[str, Timed], backbone: Backbone, n: int, args: arg
     generator = torch.Generator().manual_seed(n)
     ordinary = torch.tensor([i for i in range(len(backbone.tokenizer)) if i not in set(backbone.tokenizer.all_special_ids)])
 
+    shared = ordinary[torch.randint(len(ordinary), (args.shared,), generator=generator)].tolist()
+
     def prompts() -> list[list[int]]:
-        return ordinary[torch.randint(len(ordinary), (n, args.prompt), generator=generator)].tolist()
+        own = ordinary[torch.randint(len(ordinary), (n, args.prompt - args.shared), generator=generator)].tolist()
+        return [shared + ids for ids in own]
 
     for timed in settings.values():
         timed(prompts(), 2)
@@ -211,7 +236,8 @@ def as_text(report: Mapping) -> str:
     names = list(next(iter(report["results"].values())))
     lines = [
         machine_line(report["machine"]),
-        f"{report['prompt_tokens']} prompt tokens, {report['new_tokens']} new tokens, {report['rounds']} rounds",
+        f"{report['prompt_tokens']} prompt tokens, {report['shared_tokens']} of them shared, "
+        f"{report['new_tokens']} new tokens, {report['rounds']} rounds",
         "",
         "| throughput, plain vLLM = 1 | " + " | ".join(f"{n} at once" for n in report["results"]) + " | bar |",
         "| --- |" + " --- |" * (len(report["results"]) + 1),

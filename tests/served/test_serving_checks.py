@@ -25,7 +25,13 @@ def config(**changes):
             quantization=None,
             enable_prompt_embeds=False,
         ),
-        parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1, use_ubatching=False),
+        parallel_config=SimpleNamespace(
+            world_size=1,
+            tensor_parallel_size=1,
+            data_parallel_size=1,
+            decode_context_parallel_size=1,
+            use_ubatching=False,
+        ),
         cache_config=SimpleNamespace(enable_prefix_caching=True, kv_sharing_fast_prefill=False),
         load_config=SimpleNamespace(load_format="auto"),
         speculative_config=None,
@@ -49,6 +55,7 @@ def controller():
 
 def test_a_plain_configuration_is_served(controller):
     check_config(config(), controller)
+    check_config(config(parallel_config__world_size=2, parallel_config__tensor_parallel_size=2), controller)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +68,7 @@ def test_a_plain_configuration_is_served(controller):
         ("model_config__enable_prompt_embeds", True, "prompt embeddings"),
         ("parallel_config__world_size", 2, "parallelism"),
         ("parallel_config__data_parallel_size", 2, "parallelism"),
+        ("parallel_config__decode_context_parallel_size", 2, "parallelism"),
         ("parallel_config__use_ubatching", True, "--enable-dbo"),
         ("cache_config__kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
         ("load_config__load_format", "dummy", "--load-format"),

@@ -35,8 +35,10 @@ def preempt_at(scheduler, steps) -> list[int]:
 
 
 def held(engine) -> list[str]:
-    """The requests that the worker still knows of; those of the last step are forgotten with the next one."""
-    runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    """The requests that the worker still knows of; those of the last step are forgotten with the next one. Workers in
+    processes of their own are not asked."""
+    worker = getattr(engine.llm_engine.engine_core.engine_core.model_executor, "driver_worker", None)
+    runner = None if worker is None else worker.worker.model_runner
     return sorted(getattr(getattr(runner, "_paving", None), "requests", ()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these in an environment of its own")
@@ -40,6 +42,15 @@ TOKENS = 12
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_open_and_closed_rows_are_as_in_transformers(architecture, tmp_path):
+    check(architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma2"])
+def test_on_two_ranks_each_applies_the_same_edit(architecture, tmp_path):
+    check(architecture, tmp_path, tensor_parallel_size=2)
+
+
+def check(architecture: str, tmp_path: Path, **options: object) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(CONFIGS[architecture]())
@@ -49,7 +60,8 @@ def test_open_and_closed_rows_are_as_in_transformers(architecture, tmp_path):
     controller = lively(backbone, LATE if architecture == "qwen3" else ROUTED).with_policy(Hard(-1e9))
     folder = save_controller(controller, tmp_path / "controller")
     policies = ["closed" if i % 2 else None for i in range(len(PROMPTS))]
-    (found,), _ = served(tmp_path, folder, [(PROMPTS, policies)], model=tmp_path / "base", max_tokens=TOKENS)
+    base = {"model": tmp_path / "base", "max_tokens": TOKENS}
+    (found,), _ = served(tmp_path, folder, [(PROMPTS, policies)], **base, **options)
     by = {policy: answers(PavedModel(backbone, controller), policy) for policy in ("closed", None)}
     assert tokens(found) == [by[policy][i] for i, policy in enumerate(policies)]
     assert sum(a != b for a, b in zip(by[None][::2], by["closed"][::2], strict=True)) >= 2

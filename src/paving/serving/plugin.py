@@ -112,7 +112,9 @@ def check_config(config: Any, controller: ResidualPaving) -> None:
         & set(SERVED),
         "compiled models and CUDA graphs (add --enforce-eager)": not model.enforce_eager,
         "mean pooling and a prefix cache (add --no-enable-prefix-caching)": blind,
-        "pipeline, tensor or data parallelism": parallel.world_size > 1 or parallel.data_parallel_size > 1,
+        # Under tensor parallelism the states behind a block are whole on every rank, and each applies the same edit.
+        "pipeline, data or context parallelism": parallel.world_size != parallel.tensor_parallel_size
+        or max(parallel.data_parallel_size, parallel.decode_context_parallel_size) > 1,
         "half batches (--enable-dbo)": parallel.use_ubatching,
         "speculative decoding": config.speculative_config is not None,
         "KV transfer": config.kv_transfer_config is not None,
