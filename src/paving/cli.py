@@ -31,7 +31,7 @@ app.add_typer(cli_contrast.app, name="contrast")
 
 Cache = Annotated[Path | None, typer.Option(help="Where base traces are kept. Default: the user cache.")]
 CacheGib = Annotated[float, typer.Option(min=0, help="Most the trace cache may hold; beyond it, prompt KV is rebuilt.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda:1, mps, ...; offload:20GiB where the base does not fit.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16")]
 TrustRemote = Annotated[bool, typer.Option(help="Let a model repository run its own code. Off unless you ask.")]
 Force = Annotated[bool, typer.Option(help="Overwrite what is there.")]

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paving.backbone.layers import text_config
+from paving.backbone.offload import parameters_in_order
 
 SAMPLES_PER_TENSOR = 256
 SHAPE_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -22,7 +23,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     Samples are rounded to bfloat16 first, so the same checkpoint loaded in float32 or bfloat16 has the same
     fingerprint. It tells one base from another; it does not prove that no weight was changed.
     """
-    return fingerprint_of(model, sorted(model.named_parameters()))
+    return fingerprint_of(model, parameters_in_order(model))
 
 
 def fingerprint_of(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) -> str:

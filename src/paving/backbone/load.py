@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from paving.backbone.embedded import EMBEDDED, embedded_checkpoint
 from paving.backbone.fingerprint import fingerprint
 from paving.backbone.layers import BackboneError, decoder_layers, text_config
+from paving.backbone.offload import device_of, forget_with, is_offload, is_offloaded, placement
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,6 +65,13 @@ class Backbone:
             value = getattr(source, "eos_token_id", None)
             ids.update([value] if isinstance(value, int) else value or [])
         return tuple(sorted(ids))
+
+    def check_in_memory(self, what: str) -> None:
+        """raises BackboneError where weights stand elsewhere than in memory, and `what` would read or change them"""
+        if is_offloaded(self.model):
+            raise BackboneError(
+                f"{what} needs all weights of {self.name} in memory, and some are offloaded. Give a device that holds them."
+            )
 
     def check_layers(self, layers: tuple[int, ...], what: str) -> None:
         for layer in layers:
@@ -85,7 +93,8 @@ def load_backbone(
 
     model   `embedded:SmolLM2-135M-Instruct`, a local checkpoint folder, or a Hugging Face model id
     dtype   `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`
-    device  `auto` (an accelerator if torch sees one, else the CPU), or a torch device string
+    device  `auto` (an accelerator if torch sees one, else the CPU), a torch device string, or `offload` (also
+            `offload:20GiB`) for a base larger than the device (see backbone.offload)
 
     raises BackboneError if it cannot be loaded, has no chat template, or is no decoder whose layers can be found.
     """
@@ -97,6 +106,7 @@ def load_backbone(
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = str(accelerator) if accelerator is not None else "cpu"
+    placed = placement(device) if is_offload(device) else {}
     looks_local = path.startswith((".", "/", "~")) or os.sep + os.sep in path
     if looks_local and not Path(path).expanduser().is_dir():
         raise BackboneError(f"there is no model folder {path}. Give a checkpoint folder or a Hugging Face model id.")
@@ -106,7 +116,7 @@ def load_backbone(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
         lm = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch_dtype, trust_remote_code=trust_remote_code
+            path, config=config, dtype=torch_dtype, trust_remote_code=trust_remote_code, **placed
         )
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(
@@ -114,7 +124,9 @@ def load_backbone(
             "Give a checkpoint folder, a Hugging Face model id that this machine can reach, or "
             f"{EMBEDDED} (no network needed)."
         ) from error
-    return as_backbone(lm.to(device), tokenizer, name)
+    if placed:
+        forget_with(lm, placed["offload_folder"])
+    return as_backbone(lm if placed else lm.to(device), tokenizer, name)
 
 
 def as_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Backbone:

@@ -45,6 +45,7 @@ def ffn_outputs(backbone: Backbone) -> dict[int, Projection]:
     raises BackboneError for blocks without one (mixtures of experts), for quantised weights, and for weights that
     another module shares, where an edit would change more than it says.
     """
+    backbone.check_in_memory("reading or changing FFN output projections")
     names = {id(p): name for name, p in backbone.model.named_parameters(remove_duplicate=False)}
     owners: dict[int, list[str]] = {}
     for name, parameter in backbone.model.named_parameters(remove_duplicate=False):

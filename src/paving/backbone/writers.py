@@ -85,8 +85,9 @@ def stream_tensors(backbone: Backbone) -> tuple[StreamTensor, ...]:
     """Everything stored that writes to the stream: embeddings (of positions, too), attention and FFN outputs, biases.
 
     raises BackboneError where an edit of these would not be an edit of what is written: blocks with a norm in between,
-    decoders with other parts, mixtures of experts, quantised or wrapped weights
+    decoders with other parts, mixtures of experts, quantised, wrapped or offloaded weights
     """
+    backbone.check_in_memory("changing what writes to the stream")
     writers = block_writers(backbone)
     if writers[0].normed:
         raise BackboneError(

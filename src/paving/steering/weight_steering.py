@@ -48,6 +48,7 @@ class WeightSteering:
         """raises BackboneError on another base than θ0; SteeringError if the delta's tensors do not fit the model's"""
         delta = self.delta
         check_base(backbone, delta.base_name, delta.base_fingerprint, f"{self.name}'s weight delta")
+        backbone.check_in_memory("changing weights")
         parameters = dict(backbone.model.named_parameters())
         check_fits(delta.values, parameters)
         before: dict[str, Tensor] = {}
@@ -172,6 +173,7 @@ def fit_answer_weights(
 
 
 def check_floats(backbone: Backbone) -> None:
+    backbone.check_in_memory("fine-tuning")
     other = [f"{n} ({p.dtype})" for n, p in backbone.model.named_parameters() if not p.dtype.is_floating_point]
     if other or getattr(backbone.model, "quantization_method", None):
         raise SteeringError(
