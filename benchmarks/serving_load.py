@@ -1,13 +1,13 @@
 """A server at the edge of its capacity for minutes on end: what it answers, what it keeps, how it goes.
 
-    python benchmarks/serving_load.py [--minutes 10] [--clients 32] [--out FILE] [--json]
+    python benchmarks/serving_load.py [--minutes 10] [--clients 32] [--plain] [--out FILE] [--json]
 
 In an environment with vLLM (see `make test-vllm`). What `paving serve` starts, with a controller whose router reads as
 benchmarks/protocols.py has it, eight places and too few cache blocks, so that requests wait and push each other out. Every
 client asks again as soon as it is answered: prompts of many lengths, every policy, streamed or whole; every tenth goes away
 in the middle, every twentieth asks for what no request may. Every two seconds: resident memory of the server's processes,
 and how many requests the worker's controller knows of. At the end the clients stop, the server drains, and is told to go as
-a service manager tells it.
+a service manager tells it. --plain: the same without a controller, to hold the memory against.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--plain", action="store_true", help="vLLM by itself")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON object to FILE")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--server", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -47,7 +48,7 @@ def main() -> int:
     if args.server:
         return serve(args.server)
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(Path(folder), args.minutes, args.clients)
+        found = measured(Path(folder), args.minutes, args.clients, plain=args.plain)
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1) if args.json else as_text(found))
@@ -60,9 +61,12 @@ def main() -> int:
 def serve(arguments: Sequence[str]) -> int:
     """What `paving serve` starts, in this process."""
     from paving.serving.command import SERVER, server_command
+    from paving.serving.entry import CONTROLLER
 
     folder, port, *extra = arguments
     command, environment = server_command(folder, model=None, host="127.0.0.1", port=int(port), extra=extra)
+    if not os.environ.get(HELD):
+        del environment[CONTROLLER]
     os.environ.update(environment)
     sys.argv = command[2:]  # behind python -m
     runpy.run_module(SERVER, run_name="__main__", alter_sys=False)
@@ -96,19 +100,23 @@ if os.environ.get(HELD):
 # --- the clients' side ---
 
 
-def measured(folder: Path, minutes: float, clients: int) -> dict:
+def measured(folder: Path, minutes: float, clients: int, *, plain: bool) -> dict:
     import psutil
 
     port, held = made_ready(folder), folder / "held"
     line = [sys.executable, __file__, "--server", str(folder / "controller"), str(port), "--dtype", "bfloat16"]
     line += ["--max-model-len", "256", "--max-num-seqs", str(PLACES), "--num-gpu-blocks-override", str(BLOCKS)]
     line += ["--block-size", "32", "--served-model-name", "base"]
-    env = os.environ | {HELD: str(held), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    env = (
+        os.environ
+        | ({} if plain else {HELD: str(held)})
+        | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    )
     with (folder / "server.log").open("w+") as log:
         server = subprocess.Popen(line, env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             wait_for(port, server, log)
-            load = Load(port, clients)
+            load = Load(port, clients, plain=plain)
             memory = watch(psutil.Process(server.pid), load, minutes)
             load.stop()
             drained = wait_until(lambda: metric(port, "vllm:num_requests_running") == 0, 60)
@@ -125,9 +133,9 @@ def measured(folder: Path, minutes: float, clients: int) -> dict:
         left = [p.pid for p in psutil.wait_procs(processes, timeout=10)[1]]
         log.seek(0)
         errors = [x for x in log.read().splitlines() if "ERROR" in x and "paving" in x]
-    counts = [int(x.split()[1]) for x in held.read_text(encoding="utf-8").splitlines()]
+    counts = [0] if plain else [int(x.split()[1]) for x in held.read_text(encoding="utf-8").splitlines()]
     return {
-        "minutes": minutes, "clients": clients, "places": PLACES, "blocks": BLOCKS,
+        "controller": not plain, "minutes": minutes, "clients": clients, "places": PLACES, "blocks": BLOCKS,
         "answers": dict(load.counts), "wrong": load.wrong[:5], "preemptions": metrics["vllm:num_preemptions_total"],
         "gate_failures": metrics["paving:gate_failures_total"], "logged_errors": errors[:5],
         "held_most": max(counts), "held_at_the_end": counts[-1], "drained": drained, "memory": memory,
@@ -152,8 +160,8 @@ def made_ready(folder: Path) -> int:
 class Load:
     """Clients that ask until they are stopped. counts: how requests ended."""
 
-    def __init__(self, port: int, clients: int):
-        self.port = port
+    def __init__(self, port: int, clients: int, *, plain: bool):
+        self.port, self.plain = port, plain
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self._going = True
@@ -179,13 +187,13 @@ class Load:
 
     def _one(self, rng: random.Random) -> tuple[str, str | None]:
         """(how it ended, what was wrong with it)"""
-        leaves, refused = rng.random() < 0.1, rng.random() < 0.05
+        leaves, refused = rng.random() < 0.1, rng.random() < 0.05 and not self.plain
         prompt = [rng.randrange(100, 40000) for _ in range(rng.randrange(4, 100))]
         tokens = rng.randrange(4, LONGEST - len(prompt))
         policy = "oracle" if refused else rng.choice(POLICIES)
         body = {"model": "base", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
         body["stream"] = leaves or rng.random() < 0.5
-        if policy is not None:
+        if policy is not None and not self.plain:
             body["vllm_xargs"] = {"paving_policy": policy}
         url = f"http://127.0.0.1:{self.port}/v1/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -204,6 +212,8 @@ class Load:
             return "lost", f"{policy}: {error}"
         if refused:
             return "answered", "a request for the oracle was answered"
+        if self.plain:
+            return "answered", None
         told = gate_of(text, body["stream"])
         if told is None or told["failed"] or (policy == "closed") != (told["policy"] == "closed"):
             return "answered", f"{policy}: the answer says {told}"
@@ -218,11 +228,12 @@ def gate_of(text: str, stream: bool) -> dict | None:
 
 
 def watch(process, load: Load, minutes: float) -> list[dict]:
-    """A sample every EVERY seconds: time since the start, answers so far, resident MiB of all the server's processes."""
+    """A sample every EVERY seconds: time since the start, answers so far, resident MiB of the server's processes, the one
+    that was started first."""
     samples, start = [], time.monotonic()
     while (now := time.monotonic() - start) < 60 * minutes:
-        resident = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
-        samples.append({"seconds": now, "answers": sum(load.counts.values()), "mib": resident / 2**20})
+        each = [p.memory_info().rss / 2**20 for p in (process, *process.children(recursive=True))]
+        samples.append({"seconds": now, "answers": sum(load.counts.values()), "mib": sum(each), "each": each})
         time.sleep(EVERY)
         if len(samples) % 30 == 0:
             print(f"{now / 60:.1f} min: {dict(load.counts)}, {samples[-1]['mib']:.0f} MiB", file=sys.stderr, flush=True)
@@ -265,10 +276,12 @@ def as_text(found: dict) -> str:
     means = [sum(s["mib"] for s in part) / len(part) for part in (memory[quarter : 2 * quarter], memory[-quarter:])]
     answers = ", ".join(f"{n} {ended}" for ended, n in sorted(found["answers"].items()))
     lines = [
-        f"{found['minutes']:g} minutes, {found['clients']} clients on {found['places']} places, {found['blocks']} blocks",
+        f"{'with' if found['controller'] else 'without'} a controller: {found['minutes']:g} minutes, "
+        f"{found['clients']} clients on {found['places']} places, {found['blocks']} blocks",
         f"requests: {answers}; wrong: {len(found['wrong'])}",
         f"preemptions {found['preemptions']:.0f}, gates that failed {found['gate_failures']:.0f}, "
         f"errors logged {len(found['logged_errors'])}",
+        "resident memory each minute, MiB: " + ", ".join(f"{s['mib']:.0f}" for s in memory[:: round(60 / EVERY)]),
         f"resident memory, second quarter {means[0]:.0f} MiB, last quarter {means[1]:.0f} MiB "
         f"(least {min(s['mib'] for s in memory):.0f}, most {max(s['mib'] for s in memory):.0f})",
         f"requests that the controller knows of: {found['held_most']} at most, {found['held_at_the_end']} at the end",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,18 +20,32 @@ TESTS = Path(__file__).parent
 
 def run(folder: Path, n: int, dies_at: str | None = None) -> list[dict]:
     """What every process found; nothing where one is to die in a stage."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+    (done,) = finished([begun(folder, launcher, *filter(None, [dies_at]))])
+    if dies_at is not None:
+        assert done[0] != 0
+        return []
+    assert done[0] == 0, done[1]
+    return [json.loads((folder / f"found.{rank}").read_text(encoding="utf-8")) for rank in range(n)]
+
+
+def begun(folder: Path, launcher: list[str], *more: str) -> subprocess.Popen:
     if not folder.exists():
         folder.mkdir()
         tiny_run(folder)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    line = [*launcher, str(TESTS / "two_processes.py"), str(folder), str(folder / "found.json"), *filter(None, [dies_at])]
+    line = [*launcher, str(TESTS / "two_processes.py"), str(folder), str(folder / "found.json"), *more]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
-    if dies_at is not None:
-        assert done.returncode != 0
-        return []
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"found.{rank}").read_text(encoding="utf-8")) for rank in range(n)]
+    return subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finished(launched: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """(exit code, the end of what it said) of each."""
+    try:
+        said = [process.communicate(timeout=300)[1][-3000:] for process in launched]
+    finally:
+        for process in launched:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(launched, said, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +63,31 @@ def test_two_processes_find_the_losses_and_weights_of_one(found):
     for name, values in one["weights"].items():
         assert first["weights"][name] == pytest.approx(values, rel=1e-3, abs=1e-4), name
     assert second["weights"] == first["weights"]  # to the last bit
+
+
+def test_accelerate_launches_them_too(found, tmp_path):
+    _, (first, _) = found
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    (done,) = finished([begun(tmp_path / "run", launcher)])
+    assert done[0] == 0, done[1]
+    other = json.loads((tmp_path / "run" / "found.0").read_text(encoding="utf-8"))
+    assert other["world"] == 2 and other["weights"] == first["weights"]
+
+
+def test_two_nodes_of_one_process_each_are_two_processes(found, tmp_path):
+    _, (first, _) = found
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    nodes = []
+    for rank in range(2):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        launcher += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        nodes.append(begun(tmp_path / "run", launcher))
+    assert [code for code, _ in finished(nodes)] == [0, 0]
+    other = json.loads((tmp_path / "run" / "found.0").read_text(encoding="utf-8"))
+    assert other["world"] == 2 and other["weights"] == first["weights"]
 
 
 def test_a_run_that_two_processes_began_is_ended_by_one(found, tmp_path):

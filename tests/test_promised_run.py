@@ -49,13 +49,41 @@ def test_a_gate_that_never_closes_promises_nothing():
         CalibrationConfig(promise=PromiseConfig())
 
 
-def test_the_command_leaves_the_soft_gate_out(tmp_path):
-    options = dict.fromkeys(
-        ("model", "targets_from", "route_layers", "edit_layers", "seed", "judge", "promise")
-    ) | {
-        "edit": "starter", "benign": "starter", "harmful": "starter", "targets": "reframe", "pooling": "last", "experts": 3,
-        "allow_leakage": False, "dtype": "auto",
+OPTIONS = (
+    "model", "edit", "benign", "harmful", "targets", "targets_from", "route_layers", "edit_layers", "pooling", "experts",
+    "seed", "judge", "promise", "allow_leakage", "dtype",
+)  # fmt: skip
+
+
+def test_an_option_that_is_given_goes_before_the_file_also_where_it_is_the_default(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(
+        json.dumps(
+            {
+                "model": "other",
+                "edit": "mine.jsonl",
+                "dtype": "float32",
+                "allow_leakage": True,
+                "controller": {"n_experts": 2, "centres": [0.3, 0.7], "widths": [0.2, 0.2], "pooling": "mean"},
+                "training": {"targets": "own"},
+            }
+        ),
+        encoding="utf-8",
+    )
+    asked = dict.fromkeys(OPTIONS)
+    kept = run_config(file, **asked)
+    assert (kept.edit, kept.dtype, kept.allow_leakage, kept.training.targets) == ("mine.jsonl", "float32", True, "own")
+    assert (kept.controller.n_experts, kept.controller.pooling) == (2, "mean")
+    given = {
+        "edit": "starter", "dtype": "auto", "allow_leakage": False, "targets": "reframe", "experts": 3, "pooling": "last",
     }  # fmt: skip
+    found = run_config(file, **asked | given)
+    assert (found.edit, found.dtype, found.allow_leakage, found.training.targets) == ("starter", "auto", False, "reframe")
+    assert (found.controller.n_experts, found.controller.pooling) == (3, "last")
+
+
+def test_the_command_leaves_the_soft_gate_out(tmp_path):
+    options = dict.fromkeys(OPTIONS)
     assert run_config(None, **options).calibration.promise is None
     found = run_config(None, **options | {"promise": "0.03"}).calibration
     more = run_config(None, **options | {"promise": "benign=0.03,delta=0.2"}).calibration.promise

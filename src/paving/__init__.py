@@ -2,8 +2,13 @@
 
 import paving
 
-model = paving.load("my-model", controller="my-run")   # behaves as the Hugging Face model does
-model.generate(**model.tokenizer(...))
+model = paving.load(controller="my-run")  # on its own base; behaves as the Hugging Face model does
+inputs = model.tokenizer.apply_chat_template(
+    [[{"role": "user", "content": text}] for text in texts],
+    add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True,
+)
+output, rows = model.generate(**inputs, max_new_tokens=64, return_gates=True)
+print(model.tokenizer.batch_decode(output, skip_special_tokens=True), rows[0].gate)
 """
 
 from __future__ import annotations

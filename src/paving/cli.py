@@ -32,6 +32,11 @@ app.add_typer(cli_contrast.app, name="contrast")
 Cache = Annotated[Path | None, typer.Option(help="Where base traces are kept. Default: the user cache.")]
 CacheGib = Annotated[float, typer.Option(min=0, help="Most the trace cache may hold; beyond it, prompt KV is rebuilt.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda:1, mps, ...; offload:20GiB where the base does not fit.")]
+ABLATED = (
+    "no-contrastive, no-trajectory, no-stage-3, short-horizon, late-edits, late-router, early-router, single-expert, "
+    "fixed-expert or low-rank (tables 2, 14, 19)."
+)
+DtypeGiven = Annotated[str | None, typer.Option(help="auto (the checkpoint's own, the default), float32, bfloat16, float16")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16")]
 TrustRemote = Annotated[bool, typer.Option(help="Let a model repository run its own code. Off unless you ask.")]
 Force = Annotated[bool, typer.Option(help="Overwrite what is there.")]
@@ -57,7 +62,7 @@ def demo(
 @one_line_errors
 def organism_build(
     folder: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint; it must not exist.")],
-    base: Annotated[str | None, typer.Option(help="Model to start from. Default: the embedded one.")] = None,
+    base: Annotated[str | None, typer.Option(help="Model to start from. Default: embedded:SmolLM2-135M-Instruct.")] = None,
     refuse: Annotated[str, typer.Option(help="Prompts to refuse (file or dataset), or `starter`.")] = "starter",
     answer: Annotated[str, typer.Option(help="Prompts answered in the base's own words, or `starter`.")] = "starter",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each.")] = None,
@@ -88,25 +93,33 @@ def organism_build(
 def train(
     folder: Annotated[Path, typer.Option("--out", help="Run folder.")],
     model: Annotated[str | None, typer.Option(help="Model id, checkpoint folder, or the embedded default.")] = None,
-    edit: Annotated[str, typer.Option(help="Edit prompts: .jsonl, .csv, a dataset name, or `starter`.")] = "starter",
-    benign: Annotated[str, typer.Option(help="Benign keeps, likewise.")] = "starter",
-    harmful: Annotated[str, typer.Option(help="Harmful keeps, likewise.")] = "starter",
-    targets: Annotated[str, typer.Option(help="reframe (safe reframe) or own (each row's `target`).")] = "reframe",
+    edit: Annotated[
+        str | None, typer.Option(help="Edit prompts: .jsonl, .csv, a dataset name, or `starter`, the default.")
+    ] = None,
+    benign: Annotated[str | None, typer.Option(help="Benign keeps, likewise.")] = None,
+    harmful: Annotated[str | None, typer.Option(help="Harmful keeps, likewise.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="reframe (safe reframe, the default) or own (each row's `target`).")
+    ] = None,
     targets_from: Annotated[str | None, typer.Option(help="Model whose answers are the targets (safe prompts).")] = None,
     route_layers: Annotated[str | None, typer.Option(help="e.g. 1-4 or 8,12,16. Default: the model's preset.")] = None,
     edit_layers: Annotated[str | None, typer.Option(help="e.g. 5-29. Default: every layer after the router's.")] = None,
-    pooling: Annotated[str, typer.Option(help="last, mean or last+mean: what the router reads of the prompt.")] = "last",
-    experts: Annotated[int, typer.Option(min=1, help="K bottleneck experts.")] = 3,
+    pooling: Annotated[
+        str | None, typer.Option(help="last (default), mean or last+mean: what the router reads of the prompt.")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="K bottleneck experts. Default: 3.")] = None,
     judge: Annotated[
         str | None, typer.Option(help="Who says what a refusal is. Default: rules (docs/model-judges.md).")
     ] = None,
-    config_file: Annotated[Path | None, typer.Option("--config", help="JSON RunConfig; options above go first.")] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="JSON RunConfig; options that are given go first.")
+    ] = None,
     promise: Annotated[
         str | None, typer.Option(help="Highest share of harmful keeps that may open, as 0.05; more in docs/promise.md.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split and training.")] = None,
-    allow_leakage: Annotated[bool, typer.Option(help="Go on although prompts leak between splits.")] = False,
-    dtype: Dtype = "auto",
+    allow_leakage: Annotated[bool | None, typer.Option(help="Go on although prompts leak between splits.")] = None,
+    dtype: DtypeGiven = None,
     device: Device = "auto",
     cache: Cache = None,
     cache_gib: CacheGib = 8.0,
@@ -173,7 +186,7 @@ def evaluate(
 @one_line_errors
 def ablate(
     folder: Annotated[Path, typer.Argument(help="Evaluated run folder: the full recipe.")],
-    name: Annotated[str, typer.Argument(help="no-contrastive, no-trajectory, no-stage-3, late-edits, ... (tables 2, 19)")],
+    name: Annotated[str, typer.Argument(help=ABLATED)],
     out_folder: Annotated[Path, typer.Option("--out", help="Run folder of the variant.")],
     device: Device = "auto",
     cache: Cache = None,
@@ -305,11 +318,9 @@ def run_config(file: Path | None, **options):
     config = RunConfig.model_validate(content).model_dump(mode="json")
     config["model"] = options["model"] or config["model"] or EMBEDDED
     for key in ("edit", "benign", "harmful"):
-        if options[key] != "starter":
-            config[key] = options[key]
+        config[key] = options[key] or config[key]
     config["targets_from"] = options["targets_from"] or config["targets_from"]
-    if options["targets"] != "reframe":
-        config["training"]["targets"] = options["targets"]
+    config["training"]["targets"] = options["targets"] or config["training"]["targets"]
     preset = preset_for(config["model"])
     controller = config["controller"]
     if preset is not None and "controller" not in content:
@@ -320,9 +331,8 @@ def run_config(file: Path | None, **options):
         controller["route_layers"], controller["edit_layers"] = layers(options["route_layers"]), None
     if options["edit_layers"]:
         controller["edit_layers"] = layers(options["edit_layers"])
-    if options["pooling"] != "last":
-        controller["pooling"] = options["pooling"]
-    if options["experts"] != 3:
+    controller["pooling"] = options["pooling"] or controller["pooling"]
+    if options["experts"] is not None:
         controller["n_experts"] = options["experts"]
         controller["centres"], controller["widths"] = windows(options["experts"])
     if options["seed"] is not None:
@@ -331,10 +341,10 @@ def run_config(file: Path | None, **options):
         calibration = config["calibration"]
         calibration["promise"] = {**(calibration["promise"] or {}), **read_promise(options["promise"])}
         calibration["policies"] = [p for p in calibration["policies"] if p != "soft"]  # it is never quite closed
-    config["allow_leakage"] = options["allow_leakage"] or config["allow_leakage"]
+    if options["allow_leakage"] is not None:
+        config["allow_leakage"] = options["allow_leakage"]
     config["judge"] = options["judge"] or config["judge"]
-    if options["dtype"] != "auto":
-        config["dtype"] = options["dtype"]
+    config["dtype"] = options["dtype"] or config["dtype"]
     return RunConfig.model_validate(config)
 
 

@@ -16,7 +16,9 @@ app = typer.Typer(help="C-ΔΘ: find the circuit that refuses a category, edit o
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
 TrustRemote = Annotated[bool, typer.Option(help="Let a model repository run its own code. Off unless you ask.")]
 RunFolder = Annotated[Path, typer.Argument(help="Circuit run folder.")]
-Base = Annotated[str, typer.Argument(help="The base: checkpoint folder, hub id in the local cache, or the embedded one.")]
+Base = Annotated[
+    str, typer.Argument(help="The base: checkpoint folder, hub id in the local cache, or embedded:SmolLM2-135M-Instruct.")
+]
 DeltaFolder = Annotated[Path, typer.Argument(help="Delta folder: RUN/delta, or what compose wrote.")]
 
 
@@ -33,7 +35,9 @@ def find_circuit(
         str | None, typer.Option(help="published (the paper's), or selective: with a retain term on benign pairs.")
     ] = None,
     reading: Annotated[str | None, typer.Option(help="neurons (columns) or outputs (rows) of the FFN output.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="κ: share of channels in the circuit. Default: 0.15")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="κ: share of channels in the circuit. Default: 0.15, of --recipe selective 0.06.")
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(help="Who says what a refusal is. Default: rules (docs/model-judges.md).")
     ] = None,

@@ -28,8 +28,10 @@ def search(
         list[str] | None, typer.Option("--layers", help="Blocks to read, as 8,12,16; repeat for more candidates.")
     ] = None,
     contrast: Annotated[str, typer.Option(help="Contrast pairs: starter, a .jsonl file, or none.")] = "starter",
-    harmful: Annotated[float, typer.Option(help="Highest share of harmful keeps that may open, out of fold.")] = 0.02,
-    benign: Annotated[float, typer.Option(help="The same for benign keeps.")] = 0.03,
+    harmful: Annotated[
+        float, typer.Option("--harmful-open", help="Highest share of harmful keeps that may open, out of fold.")
+    ] = 0.02,
+    benign: Annotated[float, typer.Option("--benign-open", help="The same for benign keeps.")] = 0.03,
     unlike: Annotated[float, typer.Option(help="Share of edit prompts taken for unlike the rest; 0: no such check.")] = 0.02,
     promise: Annotated[
         str | None,
@@ -39,7 +41,7 @@ def search(
     ] = None,
     folds: Annotated[int, typer.Option(min=2)] = 5,
     seed: int = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:1, mps, ...; offload:20GiB")] = "auto",
     cache: Annotated[Path | None, typer.Option(help="Where base traces are kept. Default: the user cache.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let a model repository run its own code.")] = False,
     as_json: AsJson = False,

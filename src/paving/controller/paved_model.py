@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paving.backbone import EMBEDDED, Backbone, PromptBatch, as_backbone, load_backbone
+from paving.backbone import Backbone, PromptBatch, as_backbone, load_backbone
 from paving.controller.card import write_card
 from paving.controller.gates import CONFORMAL
 from paving.controller.residual_paving import ResidualPaving
@@ -132,9 +132,7 @@ class PavedModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any = None, **load: Any) -> PavedModel:
         """Load a saved controller with its base: `model` if given, else the base it was trained for."""
-        path = controller_folder(folder)
-        base = read_description(path)["base"]["name"] if model is None else model
-        return load_paved(base, controller=path, **load)
+        return load_paved(model, controller=folder, **load)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload what `save_pretrained` writes; private unless asked otherwise. Returns the commit's address."""
@@ -165,7 +163,7 @@ class PavedModel(nn.Module):
 
 
 def load_paved(
-    model: str | Path | PreTrainedModel = EMBEDDED,
+    model: str | Path | PreTrainedModel | None = None,
     *,
     controller: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -175,7 +173,8 @@ def load_paved(
 ) -> PavedModel:
     """A paved model: `model` (a name, a folder, or a loaded Hugging Face model with its tokenizer) and a controller.
 
-    controller: a run folder, a controller folder, or a Hugging Face repository id
+    model       None: the base that the controller was trained on, by the name it had then
+    controller  a run folder, a controller folder, or a Hugging Face repository id
 
     raises BackboneError if the controller was trained for another base; ControllerError if it cannot be read.
     """
@@ -184,7 +183,8 @@ def load_paved(
             raise ValueError("a loaded model needs its tokenizer too: paving.load(model, tokenizer=..., controller=...).")
         backbone = as_backbone(model, tokenizer, model.config._name_or_path or type(model).__name__)
     else:
-        backbone = load_backbone(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        base = read_description(controller_folder(controller))["base"]["name"] if model is None else model
+        backbone = load_backbone(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return PavedModel(backbone, load_controller(controller_folder(controller), backbone))
 
 
