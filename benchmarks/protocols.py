@@ -23,8 +23,9 @@ from paving.evaluation.seeds import pooled_difference, pooled_rate, pooled_score
 from paving.evaluation.three_way import KEEPS
 from paving.prompts import Bucket, BucketSizes, Prompt, SplitSizes, read_prompts
 from paving.router_search import search_router
-from paving.run import Means, evaluate, split_of, train
+from paving.run import Means, evaluate, train
 from paving.run_folder import RunConfig, read_config
+from paving.run_splits import recorded_split
 from paving.training.config import TrainingConfig
 from paving.training.gate_search import GateSearch
 from paving.training.organism import OrganismConfig, build_organism
@@ -172,7 +173,7 @@ def summarise(folders: list[Path]) -> dict:
 def figures_of(runs: list[tuple[Path, str]]) -> dict:
     """One row of several runs, pooled. Held-out splits of different seeds share prompts, and prompts share groups, so
     intervals redraw groups of prompts with all their answers (docs/statistics.md)."""
-    groups = {p.id: p.group for folder, _ in runs for p in split_of(read_config(folder)).splits.held_out}
+    groups = {p.id: p.group for folder, _ in runs for p in recorded_split(read_config(folder), folder).held_out}
     verdicts = [verdicts_of(folder, row) for folder, row in runs]
     base = [verdicts_of(folder, "base") for folder, _ in runs]
     pooled: dict[str, dict] = {}

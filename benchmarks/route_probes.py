@@ -26,7 +26,7 @@ from paving.backbone import Backbone, load_backbone, render_batch
 from paving.backbone.hooks import record_residuals
 from paving.evaluation.statistics import auc
 from paving.prompts.types import Bucket, Prompt, SplitName
-from paving.run import split_of
+from paving.run_splits import split_of
 from protocols import LATE, cautious_model, paper, same_source
 
 READS = (

@@ -24,8 +24,8 @@ from paving.controller.store import load_controller
 from paving.evaluation.statistics import wilson
 from paving.prompts import read_prompts
 from paving.prompts.types import Bucket
-from paving.run import recorded_split, split_of
 from paving.run_folder import read_config
+from paving.run_splits import recorded_split
 from paving.traces.store import chunks
 
 TAKEN = 120
@@ -72,7 +72,7 @@ def shares(run: Path, data: Path) -> dict[str, dict]:
     backbone = load_backbone(config.model, dtype=config.dtype)
     controller = load_controller(run / "controller", backbone)
     threshold = getattr(controller.policy, "threshold", 0.0)
-    splits = recorded_split(split_of(config).splits, run)
+    splits = recorded_split(config, run)
     seen = {p.text for p in (*splits.train, *splits.calibration)}
     sets: dict[str, Sequence[Conversation]] = {}
     for source, bucket in (

@@ -29,8 +29,8 @@ from paving.evaluation.seeds import pooled_rate
 from paving.evaluation.statistics import auc
 from paving.prompts.types import Bucket, Prompt, Splits
 from paving.router_search import contrast_sets
-from paving.run import recorded_split, split_of
 from paving.run_folder import read_config
+from paving.run_splits import recorded_split
 from paving.traces.prompt_states import PromptStates, prompt_states
 from paving.traces.store import TraceStore
 from paving.training.gate_search import FoundGate, GateSearch, default_layers, features, search_gate
@@ -82,7 +82,7 @@ def finished_runs(arguments: argparse.Namespace) -> Iterator[tuple[int, Path, Sp
     for seed in arguments.seeds:
         run = arguments.out / f"{arguments.protocol}-seed{seed}"
         config = read_config(run)
-        yield seed, run, recorded_split(split_of(config).splits, run), load_backbone(config.model, dtype=config.dtype)
+        yield seed, run, recorded_split(config, run), load_backbone(config.model, dtype=config.dtype)
 
 
 def measured(backbone: Backbone, run: Path, splits: Splits, store: TraceStore, where: str) -> dict:

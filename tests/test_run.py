@@ -6,8 +6,11 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from paving import generation
 from paving import run as runs
@@ -17,6 +20,7 @@ from paving.evaluation.judges import Label, Verdict
 from paving.generation import load_completions
 from paving.prompts.types import Bucket
 from paving.run_folder import RunError
+from paving.run_splits import recorded_split, split_of
 from paving.training.checkpoint import TrainingError
 from tiny_runs import WordJudge, tiny_run
 
@@ -206,6 +210,45 @@ def test_evaluating_again_keeps_the_prompts_that_training_recorded(finished, set
     again = runs.evaluate(folder, setting[1], judge=Wavering())
     assert again.rows[0].refusal["edit"].n == first.rows[0].refusal["edit"].n == len(ids["edit"])
     assert set(json.loads((folder / "groups.json").read_text())) == {i for b in ids.values() for i in b}
+
+
+def test_a_file_that_has_grown_moves_no_prompt_to_another_split(setting, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    config, _ = setting
+    edit, before = Path(config.edit), Path(config.edit).read_text(encoding="utf-8")
+    kept = recorded_split(config, tmp_path / "run")
+    try:
+        edit.write_text(before + json.dumps({"id": "new", "prompt": "w1 w2 w3 w4 w199"}) + "\n", encoding="utf-8")
+        assert split_of(config).splits.ids() != json.loads((tmp_path / "run" / "splits.json").read_text())["ids"]
+        assert recorded_split(config, tmp_path / "run") == kept
+        lines = before.splitlines()
+        edit.write_text("\n".join([*lines[1:], lines[0]]) + "\n", encoding="utf-8")  # ids are numbers of lines here
+        with pytest.raises(RunError, match=r"prompts that .* was made with are gone .* or say something else now"):
+            runs.evaluate(tmp_path / "run", setting[1], judge=WordJudge())
+    finally:
+        edit.write_text(before, encoding="utf-8")
+
+
+def test_a_run_of_before_keeps_its_prompts_by_id(setting, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "splits.json"
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    del recorded["prompts"]
+    path.write_text(json.dumps(recorded), encoding="utf-8")
+    assert recorded_split(setting[0], tmp_path / "run").ids() == recorded["ids"]
+
+
+def test_a_training_that_goes_on_asks_its_judge_for_nothing_again(setting, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "controller")  # as killed before the last stage
+    weights = load_file(finished[0] / "controller" / "controller.safetensors")
+
+    class Silent(WordJudge):
+        def judge(self, *_a, **_k):
+            pytest.fail("asked again")
+
+    again = runs.train(setting[0], tmp_path / "run", setting[1], Silent())
+    assert all(torch.equal(again.weights.state_dict()[name], tensor) for name, tensor in weights.items())
 
 
 @dataclass(frozen=True)

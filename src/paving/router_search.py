@@ -19,9 +19,10 @@ from paving.controller.store import load_controller, read_description, save_cont
 from paving.prompts import CONTRAST_SETS, PromptError, contrast_prompts, read_contrasts
 from paving.prompts.contrasts import groups_near, pair_of
 from paving.prompts.types import Prompt, SplitName, Splits, count_by_bucket
-from paving.run import Means, recorded_split, split_of
+from paving.run import Means
 from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json
 from paving.run_rows import digest
+from paving.run_splits import recorded_split
 from paving.traces.prompt_states import prompt_states
 from paving.training.gate_search import GateSearch, check_groups, default_layers, features, search_gate
 from paving.training.prepare import boundary_matrix
@@ -58,7 +59,7 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, p
             raise RunError(f"{folder} holds a gate for other experts than {run} has now. Give another --out folder.")
         means.say(f"the gate in {folder} is chosen; nothing to search")
         return record
-    splits = recorded_split(split_of(config).splits, run)
+    splits = recorded_split(config, run)
     promise = config.calibration.promise
     if promise is not None:
         check_promises(splits.of(SplitName.CALIBRATION), promise)

@@ -18,26 +18,23 @@ from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import fresh_controller, load_controller, read_description, save_controller
 from paving.evaluation.comparison import Comparison, read_comparison
 from paving.evaluation.diagnostics.records import Diagnostics
-from paving.evaluation.judges import Exchange, Judge, judge_all
+from paving.evaluation.judges import Judge
 from paving.evaluation.judges.named import judge_from
 from paving.evaluation.results import Metrics, TrainingPoint
 from paving.evaluation.routing import router_diagnostics, threshold_curve
 from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, table_rows
 from paving.evaluation.three_way import Protocol, three_way
 from paving.evaluation.utility import read_utility
-from paving.generation import TRANSFORMERS, Completion
-from paving.processes import once
-from paving.prompts.leakage import drop_exact_duplicates, group_near_duplicates, refuse_leakage
-from paving.prompts.readers import read_prompts
-from paving.prompts.splits import restrict, split_prompts
-from paving.prompts.starter_set import starter_prompts
-from paving.prompts.types import Bucket, Prompt, PromptError, SplitName, Splits, count_by_bucket
+from paving.generation import TRANSFORMERS
+from paving.prompts.types import SplitName, Splits
 from paving.report import write_report
 from paving.report.comparison import rows_to_show
 from paving.run_engine import answers_folder, engine_of
-from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json, write_text
+from paving.run_folder import RunConfig, RunError, check_run, open_run, read_config, write_json, write_text
+from paving.run_labels import labels_of
 from paving.run_records import card_rows, examples_of, gate_logits, scale_points
 from paving.run_rows import row_specs
+from paving.run_splits import Split, bucket_counts, record_splits, recorded_split, split_of
 from paving.traces.store import TraceStore
 from paving.training.calibrate import calibrate
 from paving.training.prepare import check_reference, filter_base_refused, prepare
@@ -45,6 +42,7 @@ from paving.training.promise import check_promises
 from paving.training.stages import Watch, fit
 from paving.training.verdicts import LabelsOf
 
+LABELS = "labels.jsonl"  # what the judge said while the run was trained
 Stage = Callable[[str, int], Callable[[int], None]]
 
 
@@ -86,9 +84,9 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     if (folder / "controller" / "controller.json").exists():
         means.say(f"the controller in {folder} is finished; nothing to train")
         return load_controller(folder / "controller", backbone)
-    judge = judge or means.judge(config.judge)
+    labels = labels_of(judge or means.judge(config.judge), folder / LABELS)
     store = means.store()
-    splits = filtered(split, config, backbone, store, folder, judge, means)
+    splits = filtered(split, config, backbone, store, folder, labels, means)
     reference = None
     if config.targets_from is not None:
         reference = means.load(config.targets_from, config.dtype)
@@ -96,7 +94,7 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     training = config.training
     if config.targets_from is not None:
         training = training.model_copy(update={"targets": "reference"})
-    prepared = prepare(backbone, store, splits, training, labels_of(judge), reference=reference, stage=means.stage)
+    prepared = prepare(backbone, store, splits, training, labels, reference=reference, stage=means.stage)
     splits = prepared.splits
     record_splits(splits, folder)
     if config.calibration.promise is not None:  # before hours of training, not after
@@ -112,7 +110,7 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
         store,
         training,
         config.calibration,
-        labels_of(judge),
+        labels,
         decoding=config.decoding,
         stage=means.stage,
     )
@@ -155,7 +153,7 @@ def evaluate(
     if not (folder / "controller" / "controller.json").exists():
         way = "Train it first: paving train" if config.router is None else "Finish its search: paving router search RUN"
         raise RunError(f"{folder} has no finished controller. {way} --out {folder} ...")
-    split = split_of(config)
+    held_out = recorded_split(config, folder).of(SplitName.HELD_OUT)
     verdicts_by = means.judge(second_judge) if second_judge else judge or means.judge(config.judge)
     out = judge_folder(answers, verdicts_by.name) if second_judge else answers
     backbone = means.load(config.model, config.dtype)
@@ -164,7 +162,6 @@ def evaluate(
     # The run's own further rows only where they are decoded here: an engine serves one scale and mixture.
     policies, mixtures = with_earlier_rows((folder, out) if answers == folder else (out,), policies, mixtures)
     specs = row_specs(controller, policies, folder, mixtures)  # a row that is not known is refused before minutes are spent
-    held_out = recorded_split(split.splits, folder).of(SplitName.HELD_OUT)
     interventions = [spec.intervention for spec in specs]
     with engine_of(engine, folder / "controller", controller, backbone, engine_options, interventions) as decoder:
         protocol = Protocol(config.decoding, verdicts_by, k=config.training.top_k, engine=decoder)
@@ -305,38 +302,15 @@ def compared_in(folder: Path) -> Comparison | None:
 # --- prompts ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Split:
-    """The prompts as split, before any model was asked, and what is on record about reading them."""
-
-    splits: Splits
-    record: dict[str, object]
-
-
-def split_of(config: RunConfig) -> Split:
-    """Read, drop exact duplicates, split by group, refuse leakage."""
-    prompts = bucket_prompts(config)
-    unique, dropped = drop_exact_duplicates(prompts)
-    splits = split_prompts(group_near_duplicates(unique), config.sizes, config.split_seed)
-    leakage = refuse_leakage(splits, allow=config.allow_leakage)
-    record = {
-        "read": count_by_bucket(prompts),
-        "exact_duplicates_dropped": list(dropped),
-        "leakage_allowed": config.allow_leakage,
-        "leakage": str(leakage) if config.allow_leakage else None,
-    }
-    return Split(splits, record)
-
-
 def filtered(
-    split: Split, config: RunConfig, backbone: Backbone, store: TraceStore, folder: Path, judge: Judge, means: Means
+    split: Split, config: RunConfig, backbone: Backbone, store: TraceStore, folder: Path, labels: LabelsOf, means: Means
 ) -> Splits:
     """Edit prompts that the base refuses, and all keeps; ids and the counts of every filter go to splits.json."""
     splits = filter_base_refused(
         backbone,
         store,
         split.splits,
-        labels_of(judge),
+        labels,
         max_new_tokens=config.decoding.max_new_tokens,
         stage=means.stage,
     )
@@ -344,48 +318,3 @@ def filtered(
         write_json(folder / "prompts.json", split.record)
         record_splits(splits, folder)
     return splits
-
-
-def recorded_split(splits: Splits, folder: Path) -> Splits:
-    """As training filtered it: the judge is not asked again, who may ask a fee or give another answer."""
-    recorded = json.loads((folder / "splits.json").read_text(encoding="utf-8"))["ids"]
-    kept = {i for by_bucket in recorded.values() for ids in by_bucket.values() for i in ids}
-    return restrict(splits, lambda p: p.id in kept, "recorded when the run was trained")
-
-
-def record_splits(splits: Splits, folder: Path) -> None:
-    """splits.json: the prompt ids of every split, and the counts before and after every filter."""
-    filters = [dict(c) for c in splits.counts]
-    write_json(folder / "splits.json", {"filters": filters, "counts": bucket_counts(splits), "ids": splits.ids()})
-
-
-def bucket_prompts(config: RunConfig) -> tuple[Prompt, ...]:
-    """The prompts of all three buckets. raises PromptError for an empty bucket."""
-    starter: dict[Bucket, list[Prompt]] = {b: [] for b in Bucket}
-    for p in starter_prompts():
-        starter[p.bucket].append(p)
-    result: list[Prompt] = []
-    sources = ((Bucket.EDIT, config.edit), (Bucket.BENIGN_KEEP, config.benign), (Bucket.HARMFUL_KEEP, config.harmful))
-    for bucket, source in sources:
-        found = starter[bucket] if source == STARTER else read_prompts(source, bucket)
-        if not found:
-            raise PromptError(f"the {bucket.value} bucket is empty: {source} has no prompts. Every bucket needs some.")
-        result += found
-    return tuple(result)
-
-
-def bucket_counts(splits: Splits) -> dict[str, dict[str, int]]:
-    return {s.value: count_by_bucket(splits.of(s)) for s in SplitName}
-
-
-# --- judging ----------------------------------------------------------------------------------------------------
-
-
-def labels_of(judge: Judge) -> LabelsOf:
-    """The judge as training asks it: labels for many answers at once; of several processes the first asks."""
-
-    def labels(answers: Sequence[Completion]) -> list[str]:
-        rows = [Exchange(c.prompt, c.response, Bucket(c.bucket), c.truncated) for c in answers]
-        return once(lambda: [verdict.label.value for verdict in judge_all(judge, rows)])
-
-    return labels

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -30,6 +32,21 @@ def test_other_weights_have_another_fingerprint(checkpoint):
     model.model.layers[2].mlp.up_proj.weight.data.mul_(1.05)
     assert fingerprint(model) != before
     assert fingerprint(tiny_model("llama", seed=4)) != before
+
+
+def test_an_edit_of_a_few_columns_or_rows_has_another_fingerprint():
+    """Rows of a power of two, as large models have them: samples at multiples of a row's length would all stand in one
+    column, and a circuit's edit in another."""
+    model = torch.nn.Linear(1024, 512, bias=False)
+    model.config = tiny_model("llama").config
+    before = fingerprint(model)
+    columns = torch.arange(1, 1024)[torch.randperm(1023)[:60]]  # 6 %, as a circuit has
+    rows = torch.randperm(512)[:30]
+    for index in ((slice(None), columns), (rows, slice(None))):
+        changed = copy.deepcopy(model)
+        changed.weight.data[index] += 1
+        assert fingerprint(changed) != before
+    assert fingerprint(copy.deepcopy(model)) == before
 
 
 def test_a_loaded_backbone_is_frozen_and_pads_on_the_left(checkpoint):

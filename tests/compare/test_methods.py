@@ -42,6 +42,7 @@ def test_every_entry_is_measured(setting, evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr("paving.compare.methods.RDOConfig", lambda: RDOConfig(steps=3, batch_size=4, check_every=3))
     _, means = setting
     monkeypatch.setattr(Workshop, "refusal_confidence", property(every_other))
+    monkeypatch.setattr(Workshop, "_refused", lambda self, b: list(self.material.of(SplitName.CALIBRATION, b)))
     shutil.copytree(evaluated, tmp_path / "run")
     said = []
     found = compare(tmp_path / "run", replace(means, say=said.append), judge=WordJudge())
@@ -91,6 +92,9 @@ def test_shares_are_of_what_the_base_refuses(shop, monkeypatch):
 
     monkeypatch.setattr(Workshop, "refusal_scores", scores)
     assert shop.no_longer_refused(AddAt(None)) == (1.0, 1 / 6)
+    monkeypatch.setattr(Workshop, "refusal_scores", lambda _self, prompts, editor=None: {p.id: -1.0 for p in prompts})
+    with pytest.raises(SteeringError, match="no refusal of the calibration's edit prompts begins as those"):
+        shop.no_longer_refused(AddAt(None))
 
 
 def test_a_method_that_cannot_be_fitted_is_na_with_its_reason_and_the_others_stand(setting, evaluated, tmp_path):

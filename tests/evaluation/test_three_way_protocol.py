@@ -43,7 +43,7 @@ def quiet(_what, _total):
 def specs_of(backbone) -> list[RowSpec]:
     def spec(policy, kind, use_veto=False):
         c = lively(backbone, policy=policy, use_veto=use_veto, name=policy.name)
-        return RowSpec(c, kind, policy.name, c.scale, f"{policy!r}/{use_veto}")
+        return RowSpec(c, kind, policy.name, c.scale, f"{policy!r}/{use_veto}", editor="lively")
 
     return [spec(Soft(), "learned", True), spec(Closed(), "diagnostic"), spec(Oracle(), "diagnostic"),
             spec(AlwaysOpen(), "diagnostic")]  # fmt: skip
@@ -160,6 +160,19 @@ def test_a_batch_decided_as_in_an_earlier_row_of_the_same_editor_is_not_decoded_
     assert lengths[2] == 1 < min(lengths[0], lengths[1], lengths[3], lengths[4])
     texts = [[c.response for c in m.completions] for m in done[1:]]
     assert texts[0] == texts[1] == texts[2] == texts[3]
+
+
+def test_a_row_is_held_against_the_oracle_of_its_own_editor(backbone, tmp_path):
+    """Another method's oracle, or the same experts at another scale, differs by more than routing."""
+    learned, _, oracle, _ = specs_of(backbone)
+    other = replace(oracle, intervention=replace(oracle.intervention, name="other oracle"), key="o", editor="another")
+    found = []
+    for rows in ([learned, other], [learned, other, oracle]):
+        measured = three_way(
+            backbone, some_prompts(), rows, PROTOCOL, TraceStore(tmp_path), tmp_path / str(len(rows)), quiet
+        )
+        found.append(table_rows(measured, some_prompts())[1])
+    assert found[0].against_oracle == {} and set(found[1].against_oracle) == {b.value for b in Bucket}
 
 
 def test_every_row_is_compared_with_the_base_prompt_by_prompt(run):

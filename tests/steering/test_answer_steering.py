@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,6 +61,16 @@ def test_cast_opens_on_edit_prompts_alone_and_moves_them_from_refusal_towards_th
     moved = (seen[3] - untouched[3])[:, -1]
     torch.testing.assert_close(moved, torch.tensor(edit)[:, None] * 1.5 * behaviour.vectors[3], atol=1e-5, rtol=0)
     assert torch.equal(logits_of(backbone, batch), base)
+
+
+def test_a_target_that_ends_points_to_no_end_of_turn():
+    backbone = tiny_backbone()
+    end = next(iter(backbone.eos_ids))
+    plain = material()
+    ended = replace(plain, targets={i: (*TARGET, end) for i in plain.targets})
+    config = BehaviourConfig(layers=(3,), read="last")
+    with_end, without = (fit_answer_cast(backbone, m, config).behaviour.vectors[3] for m in (ended, plain))
+    assert torch.equal(with_end, without)
 
 
 def test_ws_learns_the_target_and_unlearns_the_refusal():

@@ -6,7 +6,7 @@ import pytest
 
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import Completion
-from paving.run import labels_of
+from paving.run_labels import labels_of
 from paving.training.verdicts import BROKEN, HARMFUL, REFUSAL, base_refused, usable_target
 
 
@@ -34,6 +34,19 @@ def test_the_base_refusal_filter_keeps_what_the_judge_calls_a_refusal():
     judge = Word()
     assert base_refused(answers("no", "yes", "no"), labels_of(judge)) == {"0", "2"}
     assert judge.handed == [3], "together: an endpoint that answers nothing is noticed over many rows only"
+
+
+def test_what_was_asked_is_kept_and_a_torn_line_is_asked_for_again(tmp_path):
+    kept, judge = tmp_path / "run" / "labels.jsonl", Word()
+    first = labels_of(judge, kept)(answers("no", "yes", "no", "maybe"))
+    assert judge.handed == [3], "the same words to the same prompt are asked for once"
+    assert labels_of(judge, kept)(answers("yes", "no")) == [first[1], first[0]] and judge.handed == [3]
+    kept.write_text(kept.read_text(encoding="utf-8")[:-20], encoding="utf-8")  # as a kill may leave it
+    assert labels_of(judge, kept)(answers("no", "yes", "no", "maybe")) == first and judge.handed == [3, 1]
+    assert labels_of(judge, kept)(answers("no", "yes", "no", "maybe")) == first and judge.handed == [3, 1]
+    other = Word()
+    other.name = "another"
+    assert labels_of(other, kept)(answers("no")) == first[:1] and other.handed == [1]
 
 
 def test_the_names_are_the_judges_own():

@@ -35,8 +35,9 @@ from paving.circuit_run.trained import edge_layers, trained_slices, within
 from paving.evaluation.judges import Judge
 from paving.generation import Decoding
 from paving.intervention import Intervention
-from paving.run import Means, labels_of
+from paving.run import Means
 from paving.run_folder import RunError, write_json
+from paving.run_labels import labels_of
 from paving.training.strength import Keep, StrengthPoint, choose_strength, prompts_needed, sweep
 
 

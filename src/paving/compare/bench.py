@@ -20,8 +20,10 @@ from paving.evaluation.results import Metrics
 from paving.evaluation.three_way import HORIZON
 from paving.generation import Completion
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
-from paving.run import Means, labels_of, recorded_split, split_of
+from paving.run import Means
 from paving.run_folder import RunConfig, RunError, read_config
+from paving.run_labels import labels_of
+from paving.run_splits import recorded_split
 from paving.steering.material import Material
 from paving.steering.routing import Global, Labelled, Linear, Probe, fit_probe
 from paving.steering.steered import Routing
@@ -30,6 +32,7 @@ from paving.traces.store import TraceStore
 from paving.traces.top_k import TopK
 from paving.training.calibrate import choose_threshold
 from paving.training.prepare import boundary_matrix, edit_targets
+from paving.training.verdicts import LabelsOf
 
 FITTING = (SplitName.TRAIN, SplitName.CALIBRATION)
 
@@ -88,9 +91,13 @@ class Bench:
         tick = self.means.stage("base answers (training and calibration)", len(prompts))
         return base_continuations(self.backbone, self.store, prompts, self.config.decoding.max_new_tokens, tick=tick)
 
+    @cached_property
+    def _labels(self) -> LabelsOf:
+        return labels_of(self.judge, self.folder / "comparison" / "labels.jsonl")
+
     def labels(self, answers: Sequence[Completion]) -> dict[str, str]:
         """Prompt id -> label by the run's judge."""
-        return {c.id: label for c, label in zip(answers, labels_of(self.judge)(answers), strict=True)}
+        return {c.id: label for c, label in zip(answers, self._labels(answers), strict=True)}
 
     @cached_property
     def base_labels(self) -> dict[str, str]:
@@ -180,7 +187,7 @@ def open_bench(folder: Path, means: Means, judge: Judge | None = None) -> Bench:
         raise RunError(
             f"{folder} decodes by sampling; comparators are swept on greedy answers. Use a run that decodes greedily."
         )
-    splits = recorded_split(split_of(config).splits, folder)
+    splits = recorded_split(config, folder)
     backbone = means.load(config.model, config.dtype)
     controller = load_controller(folder / "controller", backbone)
     return Bench(folder, config, metrics, backbone, means.store(), controller, splits, judge, means)

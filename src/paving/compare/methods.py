@@ -178,7 +178,7 @@ METHODS = (
     Method("repit", _repit, ONE_BLOCK, note="place and rho by the first token of the answer, not by COSMIC", version=3),
     Method("wrmd", _wrmd, (0.25, *SCALES), note=f"{RECONSTRUCTED}; confidence is the base's first-token probability"),
     Method(
-        "cast", _cast, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), ("global", OWN_ROUTING, "oracle"),
+        "cast", _cast, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), ("global", OWN_ROUTING, "oracle"), version=2,
         note="towards edit targets; own: its condition, edit prompts against keeps", own=lambda editor: editor.condition,
     ),
     Method("ws", _ws, SCALES, ("global",), note="two epochs at 3e-5; an edit of weights: all rows alike", version=3),

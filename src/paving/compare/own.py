@@ -19,7 +19,7 @@ NOTE = "its own row is at the scale that was chosen when it was trained"
 
 def own_variants(bench: Bench) -> tuple[str, ...]:
     """The deployed row, and the oracle: what the editor does where the gate is right."""
-    return ("learned+veto" if bench.veto is not None else "learned", "oracle")
+    return ("learned+veto" if bench.controller.use_veto else "learned", "oracle")
 
 
 def own_spec(bench: Bench, variant: str, scale: float) -> RowSpec:

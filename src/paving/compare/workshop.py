@@ -101,12 +101,20 @@ class Workshop:
 
     def no_longer_refused(self, editor: Editor) -> tuple[float, float]:
         """Of the calibration prompts whose refusal begins under the base: the shares of edit prompts and of harmful keeps
-        where it does no longer. 0 where the base refuses none."""
+        where it does no longer.
+
+        raises SteeringError where the base refuses none of a bucket so: what an edit costs there cannot be told
+        """
         shares = []
         for bucket in (Bucket.EDIT, Bucket.HARMFUL_KEEP):
             prompts = self._refused(bucket)
+            if not prompts:
+                raise SteeringError(
+                    f"no refusal of the calibration's {bucket.value} prompts begins as those of edit prompts do, so that "
+                    "strengths cannot be told apart by it. Give calibration prompts that the base refuses."
+                )
             scores = self.refusal_scores(prompts, editor)
-            shares.append(sum(s < 0 for s in scores.values()) / len(scores) if scores else 0.0)
+            shares.append(sum(s < 0 for s in scores.values()) / len(scores))
         return shares[0], shares[1]
 
     def _refused(self, bucket: Bucket) -> list[Prompt]:

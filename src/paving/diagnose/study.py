@@ -22,8 +22,9 @@ from paving.evaluation.three_way import HORIZON
 from paving.evaluation.verdicts import read_verdicts, verdict_key
 from paving.generation import Completion, load_completions
 from paving.prompts.types import Bucket, Prompt, SplitName
-from paving.run import Means, recorded_split, split_of
+from paving.run import Means
 from paving.run_folder import RunConfig, RunError, read_config
+from paving.run_splits import recorded_split
 from paving.traces.completions import base_continuations
 from paving.traces.prompt_states import PromptStates, prompt_states
 from paving.traces.store import TraceStore
@@ -165,7 +166,7 @@ def open_study(folder: Path, means: Means, judge: Judge) -> Study:
     backbone = means.load(config.model, config.dtype)
     store = means.store()
     controller = load_controller(folder / "controller", backbone)
-    splits = recorded_split(split_of(config).splits, folder)
+    splits = recorded_split(config, folder)
     held_out = splits.of(SplitName.HELD_OUT)
     base = {c.id: c for c in load_completions(folder / "completions" / "base.jsonl")}
     if missing := [p.id for p in held_out if p.id not in base]:

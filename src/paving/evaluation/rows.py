@@ -17,11 +17,12 @@ ORACLE = "oracle"
 
 
 def table_rows(measured: Sequence[Measured], prompts: Sequence[Prompt]) -> list[Row]:
-    """A Row for each, in order; measured[0] is the base."""
+    """A Row for each, in order; measured[0] is the base. A learned row is held against the oracle of its own editor: the
+    same experts at the same scale, so that they differ by routing alone."""
     base = measured[0]
-    oracle = next((m for m in measured if m.spec.policy == ORACLE), None)
+    oracles = {m.spec.editor: m for m in reversed(measured) if m.spec.policy == ORACLE and m.spec.editor is not None}
     groups = {p.id: p.group for p in prompts}
-    return [row_of(m, base, oracle if m.spec.kind == "learned" else None, groups) for m in measured]
+    return [row_of(m, base, oracles.get(m.spec.editor) if m.spec.kind == "learned" else None, groups) for m in measured]
 
 
 def row_of(m: Measured, base: Measured, oracle: Measured | None, groups: Mapping[str, str]) -> Row:

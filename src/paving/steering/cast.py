@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -84,7 +84,13 @@ def fit_answer_cast(
     raises as `fit_behaviour` and `fit_condition`
     """
     prompts = material.of(SplitName.TRAIN, Bucket.EDIT)
-    refusals, targets = (answered(backbone, prompts, a, length=OPENING) for a in (material.answers, material.targets))
+
+    def without_end(answers: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """A short target ends within its opening, where a refusal does not: the vector would point to the end of a turn."""
+        return {p.id: [t for t in answers[p.id] if t not in backbone.eos_ids] for p in prompts}
+
+    both = (without_end(material.answers), without_end(material.targets))
+    refusals, targets = (answered(backbone, prompts, answers, length=OPENING) for answers in both)
     keeps = [p for b in (Bucket.BENIGN_KEEP, Bucket.HARMFUL_KEEP) for p in material.of(SplitName.TRAIN, b)]
     others = random.Random(material.seed).sample(keeps, len(keeps))
     n = max(len(prompts), len(others))  # PCA of pairs wants as many of both; the shorter side is gone through again
