@@ -18,6 +18,8 @@ from paving.evaluation.resampling import (
     by_group,
     effective_n,
     expanded_tail,
+    grouped_pair,
+    grouped_rate,
     mean,
     oracle_gap_intervals,
     preservation_difference,
@@ -198,6 +200,29 @@ def test_rates_of_prompts_without_company_have_the_plain_intervals():
     plain, paired = wilson(3, 40), paired_rates(row, reference)
     assert (rate.value, rate.low, rate.high) == pytest.approx((plain.rate, plain.low, plain.high))
     assert (difference.value, difference.low, difference.high) == pytest.approx((paired.difference, paired.low, paired.high))
+
+
+@settings(max_examples=30, deadline=None)
+@given(flags)
+def test_a_tables_figures_keep_their_counts_and_widen_where_prompts_share_groups(rows):
+    one, other, groups = columns(rows)
+    plain, found = wilson(sum(one.values()), len(one)), grouped_rate(one, groups)
+    assert (found.k, found.n, found.rate) == (plain.k, plain.n, plain.rate)
+    assert found.low <= plain.low + 1e-9 and found.high >= plain.high - 1e-9
+    paired, pair = paired_rates(one, other), grouped_pair(one, other, groups)
+    assert (pair.only_row, pair.only_reference, pair.difference, pair.p) == (
+        paired.only_row, paired.only_reference, paired.difference, paired.p,
+    )  # fmt: skip
+    assert -1 - 1e-9 <= pair.low <= pair.difference <= pair.high <= 1 + 1e-9
+    if len(set(groups.values())) == len(groups):
+        assert found == plain and pair == paired
+
+
+def test_ten_prompts_of_one_group_are_one_answer():
+    refused = dict.fromkeys(map(str, range(10)), True)
+    found = grouped_rate(refused, dict.fromkeys(refused, "kill"))
+    assert (found.k, found.n) == (10, 10) and found.low == pytest.approx(wilson(1, 1).low)
+    assert grouped_rate({}, {}) == wilson(0, 0) and grouped_pair({}, {}, {}).n == 0
 
 
 def test_no_refusal_at_all_is_worth_as_many_answers_as_there_are_groups_at_most():

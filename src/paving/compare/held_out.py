@@ -13,7 +13,7 @@ from paving.compare.methods import OWN_ROUTING, VARIANTS
 from paving.compare.own import OwnChosen, own_rules
 from paving.evaluation.comparison import BASE, OWN, Choice, ComparedRow, edit_success, is_success
 from paving.evaluation.judges import Label
-from paving.evaluation.paired import paired_rates
+from paving.evaluation.resampling import grouped_pair
 from paving.evaluation.results import Row
 from paving.evaluation.rows import table_rows
 from paving.evaluation.similarity import benign_similarity
@@ -99,12 +99,12 @@ def held_out_rows(
     protocol = Protocol(bench.config.decoding, bench.judge, k=bench.config.training.top_k, by_row=True)
     specs = [c.spec() for c in chosen]
     measured = three_way(bench.backbone, bench.held_out, specs, protocol, bench.store, bench.out, bench.means.stage)
-    rows = table_rows(measured, bench.held_out)
+    rows, groups = table_rows(measured, bench.held_out), groups_of(bench)
     found = []
     for c, m, row in zip(chosen, measured[1:], rows[1:], strict=True):
         answered = Answered.of(m.completions, m.labels)
         told = [notes[c.name]] if notes.get(c.name) else []
-        found.append(compared(row, answered, base, bert_model, c.name, c.variant, c.rules, told))
+        found.append(compared(row, answered, base, groups, bert_model, c.name, c.variant, c.rules, told))
     methods, order = list(dict.fromkeys(r.method for r in found)), [*ORDER, *OWN_ROWS]
     found.sort(key=lambda r: (methods.index(r.method), order.index(r.variant), r.scale))  # as tables are read
     return [*own, *found]
@@ -125,8 +125,12 @@ def own_rows(
     rows = []
     for name, row in by_name.items():
         method, rules = BASE if name == "base" else OWN, taken.get((name, row.scale), ())
-        rows.append(compared(row, answered[name], base, bert_model, method, name, rules, []))
+        rows.append(compared(row, answered[name], base, groups_of(bench), bert_model, method, name, rules, []))
     return base, rows
+
+
+def groups_of(bench: Bench) -> dict[str, str]:
+    return {p.id: p.group for p in bench.held_out}
 
 
 def take_base_answers(bench: Bench) -> None:
@@ -146,6 +150,7 @@ def compared(
     row: Row,
     answered: Answered,
     base: Answered,
+    groups: Mapping[str, str],
     bert_model: str | None,
     method: str,
     variant: str,
@@ -160,7 +165,7 @@ def compared(
         chosen_by=list(rules),
         notes=list(notes),
         edit_success=edit_success(row.labels[Bucket.EDIT]),
-        success_against_base=None if answered is base else paired_rates(answered.successes(), base.successes()),
+        success_against_base=None if answered is base else grouped_pair(answered.successes(), base.successes(), groups),
         benign=benign_similarity(
             [answered.completions[i].response for i in benign],
             [base.completions[i].response for i in benign],

@@ -10,14 +10,15 @@ limits from a score interval: redrawing 1 refusal in 100 puts the upper limit ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 from scipy import stats
 
 from paving.evaluation.paired import paired_rates, require_known, require_same_ids, score_interval
-from paving.evaluation.results import OracleGapIntervals, Resampled
+from paving.evaluation.results import OracleGapIntervals, PairedRates, Rate, Resampled
+from paving.evaluation.statistics import wilson
 from paving.prompts.types import Bucket
 
 RESAMPLES = 5000  # limits then move by about 3 % of the width between seeds
@@ -70,6 +71,35 @@ def rate_difference(
     share = effective_n(found, (disagreeing - found.value**2) / found.n) / found.n
     low, high = score_interval(plain.only_row * share, plain.only_reference * share, found.n * share, CONFIDENCE)
     return found.model_copy(update={"low": low, "high": high})
+
+
+def grouped_rate(flags: Mapping[K, bool], groups: Mapping[K, str]) -> Rate:
+    """The rate of a table: Wilson's interval, for as many independent answers as these are worth where prompts share groups.
+    Of one group it is that of a single answer."""
+    plain = wilson(sum(map(bool, flags.values())), len(flags))
+    if not _share_groups(flags, groups):
+        return plain
+    found = rate_interval(flags, groups)
+    low, high = _wilson_limits(plain.rate, 1) if found.groups == 1 else (found.low, found.high)
+    return plain.model_copy(update={"low": low, "high": high})
+
+
+def grouped_pair(row: Mapping[K, bool], reference: Mapping[K, bool], groups: Mapping[K, str]) -> PairedRates:
+    """`paired_rates` with Tango's interval for as many independent pairs as these are worth. p is McNemar's, by prompt."""
+    plain = paired_rates(row, reference)
+    if not _share_groups(row, groups):
+        return plain
+    found = rate_difference(row, reference, groups)
+    low, high = found.low, found.high
+    if found.groups == 1:
+        low, high = score_interval(plain.only_row / plain.n, plain.only_reference / plain.n, 1, CONFIDENCE)
+    return plain.model_copy(update={"low": low, "high": high})
+
+
+def _share_groups(ids: Iterable[K], groups: Mapping[K, str]) -> bool:
+    known = list(ids)
+    require_known(known, groups, "group")
+    return len({groups[i] for i in known}) < len(known)
 
 
 def oracle_gap_intervals(

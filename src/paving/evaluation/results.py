@@ -12,7 +12,8 @@ class Record(BaseModel):
 
 
 class Rate(Record):
-    """k of n, with the Wilson 95 % interval. rate, low and high are fractions in [0, 1]; all None when n == 0."""
+    """k of n, with the Wilson 95 % interval (where prompts share groups: of as many independent answers as they are worth).
+    rate, low and high are fractions in [0, 1]; all None when n == 0."""
 
     k: int
     n: int
@@ -33,7 +34,8 @@ class PairedRates(Record):
 
     only_row and only_reference are McNemar's discordant counts b and c: prompts that one of the two refused and the
     other did not. difference = (only_row - only_reference) / n, so a row that refuses less has a negative one. The
-    limits are Tango's 95 % score interval, p is McNemar's exact two-sided test. All four are None when n == 0.
+    limits are Tango's 95 % score interval (where prompts share groups: of as many independent pairs as they are worth), p is
+    McNemar's exact two-sided test, by prompt. All four are None when n == 0.
     """
 
     n: int
