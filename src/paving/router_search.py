@@ -73,8 +73,10 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, p
     controller = load_controller(run / "controller", backbone)
     open_run(config, folder)
     every = [*learned_from, *{p.id: p for pairs in contrasts.values() for p in pairs}.values()]
-    states = prompt_states(backbone, means.store(), every, tick=means.stage("prompt states", len(every)))
     sets = settings.layers or default_layers(backbone.n_layers)
+    blocks = [layer for one in sets for layer in one]
+    tick = means.stage("prompt states", len(every))
+    states = prompt_states(backbone, means.store(), every, blocks=blocks, tick=tick)
     n_candidates = len(sets) * len(settings.poolings) * len(settings.kernels) * (1 + len(contrasts))
     tick = means.stage("gates, out of fold", n_candidates + 1)
     found = search_gate(states, learned_from, contrasts, settings, sets, tick=tick)

@@ -32,6 +32,7 @@ from paving.traces.store import TraceStore
 from paving.traces.top_k import TopK
 from paving.training.calibrate import choose_threshold
 from paving.training.prepare import boundary_matrix, edit_targets
+from paving.training.promise import promises, strictest
 from paving.training.verdicts import LabelsOf
 
 FITTING = (SplitName.TRAIN, SplitName.CALIBRATION)
@@ -127,7 +128,8 @@ class Bench:
 
     @cached_property
     def probe(self) -> Probe:
-        """Linear, on what the run's router reads; its threshold is chosen by the rule that chose the run's own."""
+        """Linear, on what the run's router reads; its threshold is chosen by the rule that chose the run's own, and raised
+        for the promise that the run makes, if any. (A searched gate has thresholds of its own; the probe then has not.)"""
         read = self.controller.config
         z = boundary_matrix(self.backbone, self.splits.train, read)
         linear = fit_probe(z, [p.bucket is Bucket.EDIT for p in self.splits.train])
@@ -135,6 +137,9 @@ class Bench:
         logits = linear.margin(boundary_matrix(self.backbone, prompts, read))
         cost = self.config.calibration.harmful_cost
         threshold = choose_threshold(logits, [p.bucket for p in prompts], harmful_cost=cost)
+        if self.config.calibration.promise is not None:
+            made = promises(logits.tolist(), prompts, self.config.calibration.promise)
+            threshold = max(threshold, strictest(made))
         return Probe(read.route_layers, read.pooling, replace(linear, threshold=threshold))
 
     @property
@@ -153,7 +158,10 @@ class Bench:
         read, cost = self.config.controller.model_dump(mode="json"), self.config.calibration.harmful_cost
         weights = (self.folder / "controller" / "controller.safetensors").read_bytes() if self.veto is not None else b""
         veto = hashlib.sha256(weights).hexdigest() if variant == "probe+veto" else None
-        return TraceStore.key(variant=variant, read=read, harmful_cost=cost, veto=veto)
+        content = {"variant": variant, "read": read, "harmful_cost": cost, "veto": veto}
+        if self.config.calibration.promise is not None:
+            content["promise"] = self.config.calibration.promise.model_dump(mode="json")
+        return TraceStore.key(**content)
 
     def key(self, **content: object) -> str:
         """A name for what was made from this base, these prompts and targets, and `content`."""

@@ -43,7 +43,7 @@ from paving.evaluation.diagnostics.route_calibration import (
 from paving.evaluation.diagnostics.separability import layer_probes
 from paving.evaluation.diagnostics.trajectory import alignments
 from paving.evaluation.judges import Label
-from paving.evaluation.statistics import wilson
+from paving.evaluation.resampling import grouped_rate
 from paving.evaluation.three_way import KEEPS
 from paving.intervention import RowState
 from paving.prompts.types import Bucket, Prompt, count_by_bucket
@@ -171,12 +171,13 @@ def trajectory(study: Study) -> TrajectoryRecord:
 
 def _path(prompts: Sequence[Prompt], paths: Mapping[str, BasePath], states: Mapping[str, RowState]) -> PathRecord:
     opened = [paths[p.id] for p in prompts if p.id in paths]
-    vetoes = [states[p.id].veto for p in prompts if states[p.id].veto is not None]
+    vetoes = {p.id: bool(states[p.id].veto) for p in prompts if states[p.id].veto is not None}
+    groups = {p.id: p.group for p in prompts}
     return path_record(
         opened,
         n_closed=len(prompts) - len(opened),
-        active=wilson(len(opened), len(prompts)),
-        blocked=wilson(sum(vetoes), len(vetoes)) if vetoes else None,
+        active=grouped_rate({p.id: p.id in paths for p in prompts}, groups),
+        blocked=grouped_rate(vetoes, groups) if vetoes else None,
     )
 
 

@@ -19,24 +19,43 @@ KIND = "prompt-states"
 
 @dataclass(frozen=True)
 class PromptStates:
-    """last, mean: (n_layers, d_model), every block's output at the last prompt token and its mean over the prompt."""
+    """last, mean: (n_blocks, d_model), blocks' outputs at the last prompt token and their mean over the prompt.
+
+    blocks  which those are; None: every one
+    """
 
     last: Tensor
     mean: Tensor
+    blocks: tuple[int, ...] | None = None
+
+    def of(self, blocks: Sequence[int]) -> PromptStates:
+        """These blocks alone, in tensors of their own."""
+        kept = tuple(sorted(set(blocks)))
+        return PromptStates(self.last[list(kept)].clone(), self.mean[list(kept)].clone(), kept)
 
     def features(self, layers: Sequence[int], pooling: str) -> Tensor:
         """(n_features) float32, the router's input: as `boundary_features` lays it out."""
         parts = [self.last] if "last" in pooling else []
         if "mean" in pooling:
             parts.append(self.mean)
-        return torch.cat([part[list(layers)].float() for part in parts], dim=1).flatten()
+        rows = list(layers) if self.blocks is None else [self.blocks.index(layer) for layer in layers]
+        return torch.cat([part[rows].float() for part in parts], dim=1).flatten()
 
 
 @torch.no_grad()
 def prompt_states(
-    backbone: Backbone, store: TraceStore, prompts: Sequence[Prompt], *, batch_size: int = 16, tick: Tick | None = None
+    backbone: Backbone,
+    store: TraceStore,
+    prompts: Sequence[Prompt],
+    *,
+    blocks: Sequence[int] | None = None,
+    batch_size: int = 16,
+    tick: Tick | None = None,
 ) -> dict[str, PromptStates]:
-    """Prompt id -> its states under the untouched base. One pass over the prompts that the store does not hold yet."""
+    """Prompt id -> its states under the untouched base. One pass over the prompts that the store does not hold yet.
+
+    blocks: those that will be read; None: all, which for many prompts of a large model are gigabytes
+    """
     rows = {p.id: checked_ids(backbone, p) for p in prompts}
     keys = {i: TraceStore.key(base=backbone.fingerprint, dtype=str(backbone.dtype), prompt=r) for i, r in rows.items()}
     missing = sorted((i for i in rows if not store.has(KIND, keys[i])), key=lambda i: (len(rows[i]), i))
@@ -48,7 +67,12 @@ def prompt_states(
             store.put(KIND, keys[name], tensors)
         if tick is not None:
             tick(len(chunk))
-    return {i: PromptStates(**store.get(KIND, key)) for i, key in keys.items()}
+
+    def read(key: str) -> PromptStates:
+        every = PromptStates(**store.get(KIND, key))
+        return every if blocks is None else every.of(blocks)
+
+    return {i: read(key) for i, key in keys.items()}
 
 
 def _states(backbone: Backbone, ids: Tensor, mask: Tensor) -> list[dict[str, Tensor]]:
