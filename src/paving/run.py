@@ -125,6 +125,7 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
         },
     )
     description = {"buckets": bucket_counts(splits), "targets": training.targets, "seed": training.seed}
+    description["dtype"] = str(backbone.dtype).removeprefix("torch.")  # thresholds are sensitive to it
     description["promises"] = [p.sentence() for p in calibrated.promises]
     save_controller(calibrated.controller, folder / "controller", {"trained_on": description})
     return calibrated.controller

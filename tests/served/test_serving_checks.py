@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from paving.controller.config import ControllerConfig
+from paving.controller.store import save_controller
 from paving.serving import entry, plugin
-from paving.serving.plugin import ServingError, check_config, check_output, check_version, decoder_layers
+from paving.serving.plugin import ServingError, check_config, check_dtype, check_output, check_version, decoder_layers
 from paving.serving.served import Served
 from tiny_models import ROUTED, lively, tiny_backbone
 
@@ -127,6 +128,16 @@ def test_blocks_that_return_something_else_are_refused_in_the_profile_run(contro
     with pytest.raises(ServingError, match="blocks of this model return"):
         check_output(output, served)
     check_output((torch.zeros(3, 32), torch.zeros(3, 32)), served)
+
+
+def test_another_dtype_than_the_calibrations_is_said(controller, tmp_path, caplog):
+    save_controller(controller, tmp_path / "c", {"trained_on": {"dtype": "float32"}})
+    check_dtype(str(tmp_path / "c"), torch.float32)
+    save_controller(controller, tmp_path / "before")  # of a version that kept none
+    check_dtype(str(tmp_path / "before"), torch.bfloat16)
+    assert not caplog.text
+    check_dtype(str(tmp_path / "c"), torch.bfloat16)
+    assert "calibrated in float32 and is served in bfloat16" in caplog.text
 
 
 def test_without_a_controller_nothing_is_touched(monkeypatch):

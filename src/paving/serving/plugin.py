@@ -25,7 +25,7 @@ from paving.circuit.base_files import fingerprint_of_files
 from paving.circuit.shards import open_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.residual_paving import ResidualPaving
-from paving.controller.store import read_controller
+from paving.controller.store import read_controller, read_description
 from paving.serving import admission, answers
 from paving.serving.admission import asked, diagnostics_allowed, makes_a_promise
 from paving.serving.entry import CONTROLLER
@@ -144,6 +144,17 @@ def check_base(model: str, controller: ResidualPaving) -> None:
         )
 
 
+def check_dtype(where: str, dtype: torch.dtype) -> None:
+    """A line in the log where the gate was calibrated in another dtype than is served."""
+    trained = (read_description(controller_folder(where)).get("trained_on") or {}).get("dtype")
+    served = str(dtype).removeprefix("torch.")
+    if trained not in (None, served):
+        log.warning(
+            "paving: the gate was calibrated in %s and is served in %s; prompts near its threshold may fall on the other side. "
+            "Serve with --dtype %s, or calibrate in what is served.", trained, served, trained,
+        )  # fmt: skip
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """raises ServingError for a model whose blocks are not found where vLLM's decoders have them"""
     layers = getattr(getattr(model, "model", None), "layers", None)
@@ -198,6 +209,7 @@ def _load(old: Callable, where: str) -> Callable:
         check_base(self.model_config.model, controller)
         result = old(self, *args, **kwargs)
         device, dtype = torch.device(self.device), self.model_config.dtype
+        check_dtype(where, dtype)
         rules = {"diagnostics": diagnostics_allowed(), "promised": makes_a_promise(where)}
         served = Served(controller, device=device, dtype=dtype, **rules)
         setattr(self, KEPT, served)
