@@ -150,8 +150,8 @@ def check_dtype(where: str, dtype: torch.dtype) -> None:
     served = str(dtype).removeprefix("torch.")
     if trained not in (None, served):
         log.warning(
-            "paving: the gate was calibrated in %s and is served in %s; prompts near its threshold may fall on the other side. "
-            "Serve with --dtype %s, or calibrate in what is served.", trained, served, trained,
+            "paving: the gate was calibrated in %s and is served in %s; prompts near its threshold may fall on the other "
+            "side. Serve with --dtype %s, or calibrate in what is served.", trained, served, trained,
         )  # fmt: skip
 
 
