@@ -50,8 +50,8 @@ def test_a_gate_that_never_closes_promises_nothing():
 
 
 OPTIONS = (
-    "model", "edit", "benign", "harmful", "targets", "targets_from", "route_layers", "edit_layers", "pooling", "experts",
-    "seed", "judge", "promise", "allow_leakage", "dtype",
+    "model", "edit", "benign", "harmful", "system", "targets", "targets_from", "route_layers", "edit_layers", "pooling",
+    "experts", "seed", "judge", "promise", "allow_leakage", "dtype",
 )  # fmt: skip
 
 

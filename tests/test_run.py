@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from paving import generation
 from paving import run as runs
 from paving.ablations import run_ablation
+from paving.backbone import chat
 from paving.controller.config import ControllerConfig
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import load_completions
 from paving.prompts.types import Bucket
+from paving.router_search import search_router
 from paving.run_folder import RunError
 from paving.run_splits import recorded_split, split_of
 from paving.training.checkpoint import TrainingError
+from paving.training.gate_search import GateSearch
 from tiny_runs import WordJudge, tiny_run
 
 
@@ -227,6 +230,21 @@ def test_a_file_that_has_grown_moves_no_prompt_to_another_split(setting, finishe
             runs.evaluate(tmp_path / "run", setting[1], judge=WordJudge())
     finally:
         edit.write_text(before, encoding="utf-8")
+
+
+def test_a_run_behind_a_system_prompt_trains_evaluates_and_searches_behind_it(setting, tmp_path, monkeypatch):
+    config = setting[0].model_copy(update={"system": "w150 w151"})
+    asked = []
+    real = chat.render_messages
+    monkeypatch.setattr(chat, "render_messages", lambda b, messages: asked.append(messages) or real(b, messages))
+    runs.train(config, tmp_path / "run", setting[1], WordJudge())
+    runs.evaluate(tmp_path / "run", setting[1], judge=WordJudge())
+    settings = GateSearch(layers=((1,),), poolings=("last",), kernels=("linear",), folds=2, shuffles=1)
+    search_router(tmp_path / "run", tmp_path / "gate", settings, setting[1])
+    assert asked and all(messages[0] == {"role": "system", "content": "w150 w151"} for messages in asked)
+    assert {p.system for p in recorded_split(config, tmp_path / "run").held_out} == {"w150 w151"}
+    with pytest.raises(RunError, match="belongs to another configuration"):
+        runs.train(setting[0], tmp_path / "run", setting[1], WordJudge())
 
 
 def test_a_run_of_before_keeps_its_prompts_by_id(setting, finished, tmp_path):

@@ -98,6 +98,9 @@ def train(
     ] = None,
     benign: Annotated[str | None, typer.Option(help="Benign keeps, likewise.")] = None,
     harmful: Annotated[str | None, typer.Option(help="Harmful keeps, likewise.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt to ask every prompt behind, as you will serve it.")
+    ] = None,
     targets: Annotated[
         str | None, typer.Option(help="reframe (safe reframe, the default) or own (each row's `target`).")
     ] = None,
@@ -135,7 +138,7 @@ def train(
 
     config = run_config(
         config_file,
-        model=model, edit=edit, benign=benign, harmful=harmful, targets=targets, targets_from=targets_from,
+        model=model, edit=edit, benign=benign, harmful=harmful, system=system, targets=targets, targets_from=targets_from,
         route_layers=route_layers, edit_layers=edit_layers, pooling=pooling, experts=experts, seed=seed,
         allow_leakage=allow_leakage, dtype=dtype, judge=judge, promise=promise,
     )  # fmt: skip
@@ -317,7 +320,7 @@ def run_config(file: Path | None, **options):
         content = {}
     config = RunConfig.model_validate(content).model_dump(mode="json")
     config["model"] = options["model"] or config["model"] or EMBEDDED
-    for key in ("edit", "benign", "harmful"):
+    for key in ("edit", "benign", "harmful", "system"):
         config[key] = options[key] or config[key]
     config["targets_from"] = options["targets_from"] or config["targets_from"]
     config["training"]["targets"] = options["targets"] or config["training"]["targets"]

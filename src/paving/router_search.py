@@ -67,6 +67,7 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, p
     apart = [*splits.held_out, *(splits.calibration if promise is not None else ())]
     check_groups(learned_from, settings.folds)
     contrasts, dropped = contrast_sets(settings.contrast, apart)
+    contrasts = {name: [replace(p, system=config.system) for p in pairs] for name, pairs in contrasts.items()}
     backbone = means.load(config.model, config.dtype)
     for layers in settings.layers or ():
         backbone.check_layers(layers, "route")
@@ -74,7 +75,7 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, p
     open_run(config, folder)
     every = [*learned_from, *{p.id: p for pairs in contrasts.values() for p in pairs}.values()]
     sets = settings.layers or default_layers(backbone.n_layers)
-    blocks = [layer for one in sets for layer in one]
+    blocks = [*controller.config.route_layers, *(layer for one in sets for layer in one)]  # the mixture reads on
     tick = means.stage("prompt states", len(every))
     states = prompt_states(backbone, means.store(), every, blocks=blocks, tick=tick)
     n_candidates = len(sets) * len(settings.poolings) * len(settings.kernels) * (1 + len(contrasts))

@@ -32,6 +32,8 @@ class RunConfig(BaseModel):
     edit, benign, harmful  a prompt file or dataset each (see paving.prompts.readers), or `starter`
     targets_from           a model whose answers are the edit targets, for over-refused safe prompts
     router                 how the gate was searched, in a run whose experts are another's (see router_search)
+    system                 the system prompt that every prompt without its own is asked behind, as it will be served;
+                           contrast pairs of a gate search, too
     judge                  who says what a refusal is, in filters, calibration and evaluation (see judges.named)
     """
 
@@ -42,6 +44,7 @@ class RunConfig(BaseModel):
     edit: str = STARTER
     benign: str = STARTER
     harmful: str = STARTER
+    system: str | None = None
     sizes: SplitSizes = SplitSizes()
     split_seed: int = 0
     targets_from: str | None = None

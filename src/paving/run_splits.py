@@ -52,7 +52,9 @@ def bucket_prompts(config: RunConfig) -> tuple[Prompt, ...]:
         if not found:
             raise PromptError(f"the {bucket.value} bucket is empty: {source} has no prompts. Every bucket needs some.")
         result += found
-    return tuple(result)
+    if config.system is None:
+        return tuple(result)
+    return tuple(replace(p, system=p.system if p.system is not None else config.system) for p in result)
 
 
 def bucket_counts(splits: Splits) -> dict[str, dict[str, int]]:
@@ -99,4 +101,4 @@ def recorded_split(config: RunConfig, folder: Path) -> Splits:
 
 
 def _digest(prompt: Prompt) -> str:
-    return hashlib.sha256(json.dumps([prompt.text, prompt.target]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([prompt.text, prompt.target, prompt.system]).encode()).hexdigest()[:16]

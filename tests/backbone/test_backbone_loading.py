@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,3 +134,22 @@ def test_every_end_of_turn_token_ends_an_answer():
 def test_the_text_decoder_of_a_multimodal_model_is_the_backbone(prompts):
     backbone = tiny_backbone("gemma3-multimodal")
     assert (backbone.n_layers, backbone.d_model, backbone.context_length) == (6, 32, 256)
+
+
+def test_a_prompt_is_asked_behind_its_system_prompt():
+    backbone = tiny_backbone()
+    asked = prompt("p", [10, 11], Bucket.EDIT)
+    plain, behind = checked_ids(backbone, asked), checked_ids(backbone, replace(asked, system="w50 w51"))
+    words = backbone.tokenizer.decode(behind)
+    assert words.index("<system> w50 w51") < words.index("<user>") and behind[-len(plain) + 1 :] == plain[1:]
+
+
+def test_a_template_without_system_prompts_says_so():
+    backbone = tiny_backbone()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system here') if messages[0].role == 'system' else '<bos> w1' }}"
+    without = as_backbone(backbone.model, tokenizer, "plain")
+    asked = prompt("p", [10, 11], Bucket.EDIT)
+    assert checked_ids(without, asked)
+    with pytest.raises(BackboneError, match=r"chat template of plain takes no system prompt \(no system here\)"):
+        checked_ids(without, replace(asked, system="w50"))

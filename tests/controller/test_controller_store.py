@@ -69,7 +69,7 @@ def test_a_diagnostic_gate_is_not_saved(backbone, tmp_path, policy):
 
 def test_another_base_is_refused_by_name_and_fingerprint(saved):
     other = tiny_backbone("llama", seed=8)
-    says = rf"trained for tiny-llama \(fingerprint \w+\), but the model at hand is tiny-llama .*{other.fingerprint}"
+    says = rf"trained for tiny-llama \(fingerprint [\w-]+\), but the model at hand is tiny-llama .*{other.fingerprint}"
     with pytest.raises(BackboneError, match=says):
         load_controller(saved, other)
 

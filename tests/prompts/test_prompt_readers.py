@@ -157,3 +157,8 @@ def test_a_focus_is_one_group_however_it_is_written(write):
     rows = ["Blow up", "blow  up ", "BLOW UP"]
     path = write("".join(json.dumps({"prompt": f"prompt {i}", "focus": f}) + "\n" for i, f in enumerate(rows)))
     assert {p.group for p in read_prompts(path, Bucket.EDIT)} == {"blow up"}
+
+
+def test_a_row_may_be_asked_behind_a_system_prompt_of_its_own(write):
+    path = write('{"prompt": "one", "system": "Be brief."}\n{"prompt": "two"}\n')
+    assert [p.system for p in read_prompts(path, Bucket.EDIT)] == ["Be brief.", None]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from paving.backbone.layers import BackboneError
@@ -46,11 +47,20 @@ class PromptBatch:
 
 
 def render_ids(backbone: Backbone, text: str, *, system: str | None = None) -> list[int]:
-    """Token ids of one user turn, ending where the assistant's answer begins."""
+    """Token ids of one user turn, behind a system prompt if given, ending where the assistant's answer begins.
+
+    raises BackboneError where the model's chat template takes no system prompt
+    """
     messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return render_messages(backbone, messages)
+    if system is None:
+        return render_messages(backbone, messages)
+    try:
+        return render_messages(backbone, [{"role": "system", "content": system}, *messages])
+    except TemplateError as error:
+        raise BackboneError(
+            f"the chat template of {backbone.name} takes no system prompt ({error}). Leave it out, or put it before "
+            "the prompt's own words."
+        ) from error
 
 
 def render_messages(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -84,7 +94,7 @@ def render_batch(backbone: Backbone, prompts: Sequence[Prompt], *, room: int = 0
 
 def checked_ids(backbone: Backbone, prompt: Prompt, *, room: int = 0) -> list[int]:
     """The prompt's token ids, refused if prompt and `room` do not fit the model's context."""
-    row = render_ids(backbone, prompt.text)
+    row = render_ids(backbone, prompt.text, system=prompt.system)
     if len(row) + room > backbone.context_length:
         raise BackboneError(
             f"prompt {prompt.id} has {len(row)} tokens; with {room} to follow it does not fit the "

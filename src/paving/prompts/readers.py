@@ -133,6 +133,7 @@ def _prompt(row: Row, stem: str, bucket: Bucket, columns: Columns) -> Prompt:
         group=prompt_id if group is None else " ".join(group.split()).casefold(),  # "Kill " and "kill" are one word
         target=_text(row, columns.target or "target"),
         source=_text(row, columns.source or "source"),
+        system=_text(row, "system"),
     )
 
 

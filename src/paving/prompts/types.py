@@ -39,6 +39,7 @@ class Prompt:
     group   prompts of one group never stand on two sides of a split (a focus word, a template, a source document)
     target  the owner's own edit target for this prompt, where there is one
     source  where the prompt came from, for the record only
+    system  the system prompt it is asked behind; None: whatever the chat template does without one
     """
 
     id: str
@@ -47,6 +48,7 @@ class Prompt:
     group: str
     target: str | None = None
     source: str | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def fit_answer_cast(
     keeps = [p for b in (Bucket.BENIGN_KEEP, Bucket.HARMFUL_KEEP) for p in material.of(SplitName.TRAIN, b)]
     others = random.Random(material.seed).sample(keeps, len(keeps))
     n = max(len(prompts), len(others))  # PCA of pairs wants as many of both; the shorter side is gone through again
-    pairs = [(prompts[i % len(prompts)].text, others[i % len(others)].text) for i in range(n)]
+    pairs = [(prompts[i % len(prompts)], others[i % len(others)]) for i in range(n)]
     config = behaviour or BehaviourConfig()
     found = behaviour_between(backbone, refusals, targets, config, tick=tick)
     found = replace(found, vectors={layer: v * found.gaps[layer] for layer, v in found.vectors.items()})

@@ -10,8 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from paving.backbone import Backbone, PromptBatch, render_ids
+from paving.backbone import Backbone, PromptBatch, checked_ids, render_ids
 from paving.intervention import RowState
+from paving.prompts.types import Prompt
 from paving.steering.checks import SteeringError
 from paving.steering.states import Tick, direction, mean_states, tail_means
 
@@ -70,14 +71,14 @@ def similarity(states: Tensor, vector: Tensor) -> Tensor:
 
 def fit_condition(
     backbone: Backbone,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[str | Prompt, str | Prompt]],
     config: ConditionConfig | None = None,
     *,
     tick: Tick | None = None,
 ) -> Condition:
     """c per layer by PCA of harmful against benign prompts; layer, threshold and side by the best F1 over the pairs.
 
-    pairs  (harmful, benign) request texts
+    pairs  (harmful, benign) requests: texts, or prompts as they are asked
     tick   called with how many of the 2 · len(pairs) prompts are done
 
     raises SteeringError without pairs, or where harmful and benign prompts are the same
@@ -87,7 +88,11 @@ def fit_condition(
         raise SteeringError("a condition needs pairs of a harmful and a benign prompt; none were given.")
     layers = config.layers or tuple(range(min(1, backbone.n_layers - 1), backbone.n_layers))
     backbone.check_layers(layers, "condition")
-    rows = [render_ids(backbone, text) for side in zip(*pairs, strict=True) for text in side]
+    rows = [
+        checked_ids(backbone, one) if isinstance(one, Prompt) else render_ids(backbone, one)
+        for side in zip(*pairs, strict=True)
+        for one in side
+    ]
     lengths = [len(r) for r in rows]
     states = tail_means(backbone, rows, lengths, layers, batch_size=config.batch_size, tick=tick)
     harmful, benign = states[: len(pairs)], states[len(pairs) :]

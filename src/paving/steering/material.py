@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from paving.backbone import Backbone, render_ids
+from paving.backbone import Backbone, checked_ids
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
 from paving.steering.checks import SteeringError
 from paving.training.opening_examples import Example
@@ -43,4 +43,4 @@ def answered(
     backbone: Backbone, prompts: Sequence[Prompt], answers: Mapping[str, Sequence[int]], *, length: int | None = None
 ) -> list[Example]:
     """Prompts as the model reads them, each with its answer's tokens, or the first `length` of them."""
-    return [Example(render_ids(backbone, p.text), list(answers[p.id][:length])) for p in prompts]
+    return [Example(checked_ids(backbone, p), list(answers[p.id][:length])) for p in prompts]

@@ -155,7 +155,7 @@ def _answer_target(backbone: Backbone, prompt: Prompt, answer: str, horizon: int
     if len(tokens) < horizon:  # a short answer ends: the edit must learn that too
         tokens = [*tokens, backbone.tokenizer.eos_token_id]
     tokens = tuple(tokens[:horizon])
-    teacher = tuple(render_ids(backbone, ANSWER_TEACHER.format(prompt=prompt.text)))
+    teacher = tuple(render_ids(backbone, ANSWER_TEACHER.format(prompt=prompt.text), system=prompt.system))
     return EditTarget(tokens, tokens[:4], teacher, kind)
 
 
