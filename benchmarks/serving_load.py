@@ -67,6 +67,7 @@ def serve(arguments: Sequence[str]) -> int:
     command, environment = server_command(folder, model=None, host="127.0.0.1", port=int(port), extra=extra)
     if not os.environ.get(HELD):
         del environment[CONTROLLER]
+        os.environ.pop(CONTROLLER, None)
     os.environ.update(environment)
     sys.argv = command[2:]  # behind python -m
     runpy.run_module(SERVER, run_name="__main__", alter_sys=False)
@@ -128,7 +129,11 @@ def measured(folder: Path, minutes: float, clients: int, *, plain: bool) -> dict
             raise
         start = time.monotonic()
         server.terminate()
-        code = server.wait(120)
+        try:
+            code = server.wait(120)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            raise
         seconds = time.monotonic() - start
         left = [p.pid for p in psutil.wait_procs(processes, timeout=10)[1]]
         log.seek(0)
@@ -136,8 +141,9 @@ def measured(folder: Path, minutes: float, clients: int, *, plain: bool) -> dict
     counts = [0] if plain else [int(x.split()[1]) for x in held.read_text(encoding="utf-8").splitlines()]
     return {
         "controller": not plain, "minutes": minutes, "clients": clients, "places": PLACES, "blocks": BLOCKS,
-        "answers": dict(load.counts), "wrong": load.wrong[:5], "preemptions": metrics["vllm:num_preemptions_total"],
-        "gate_failures": metrics["paving:gate_failures_total"], "logged_errors": errors[:5],
+        "answers": dict(load.counts), "n_wrong": len(load.wrong), "wrong": load.wrong[:5],
+        "preemptions": metrics["vllm:num_preemptions_total"],
+        "gate_failures": metrics["paving:gate_failures_total"], "n_errors": len(errors), "logged_errors": errors[:5],
         "held_most": max(counts), "held_at_the_end": counts[-1], "drained": drained, "memory": memory,
         "exit": {"code": code, "seconds": seconds, "processes_left": left},
     }  # fmt: skip
@@ -278,9 +284,9 @@ def as_text(found: dict) -> str:
     lines = [
         f"{'with' if found['controller'] else 'without'} a controller: {found['minutes']:g} minutes, "
         f"{found['clients']} clients on {found['places']} places, {found['blocks']} blocks",
-        f"requests: {answers}; wrong: {len(found['wrong'])}",
+        f"requests: {answers}; wrong: {found['n_wrong']}",
         f"preemptions {found['preemptions']:.0f}, gates that failed {found['gate_failures']:.0f}, "
-        f"errors logged {len(found['logged_errors'])}",
+        f"errors logged {found['n_errors']}",
         "resident memory each minute, MiB: " + ", ".join(f"{s['mib']:.0f}" for s in memory[:: round(60 / EVERY)]),
         f"resident memory, second quarter {means[0]:.0f} MiB, last quarter {means[1]:.0f} MiB "
         f"(least {min(s['mib'] for s in memory):.0f}, most {max(s['mib'] for s in memory):.0f})",

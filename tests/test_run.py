@@ -224,6 +224,10 @@ def test_a_file_that_has_grown_moves_no_prompt_to_another_split(setting, finishe
         edit.write_text(before + json.dumps({"id": "new", "prompt": "w1 w2 w3 w4 w199"}) + "\n", encoding="utf-8")
         assert split_of(config).splits.ids() != json.loads((tmp_path / "run" / "splits.json").read_text())["ids"]
         assert recorded_split(config, tmp_path / "run") == kept
+        first = json.loads(before.splitlines()[0])
+        again = json.dumps({**first, "id": "same words"})
+        edit.write_text("\n".join([before.rstrip(), again]) + "\n", encoding="utf-8")
+        assert recorded_split(config, tmp_path / "run") == kept
         lines = before.splitlines()
         edit.write_text("\n".join([*lines[1:], lines[0]]) + "\n", encoding="utf-8")  # ids are numbers of lines here
         with pytest.raises(RunError, match=r"prompts that .* was made with are gone .* or say something else now"):

@@ -78,9 +78,11 @@ def recorded_split(config: RunConfig, folder: Path) -> Splits:
     raises RunError where prompts are gone or say something else now
     """
     recorded = json.loads((folder / SPLITS).read_text(encoding="utf-8"))
-    grouped = group_near_duplicates(drop_exact_duplicates(bucket_prompts(config))[0])
-    prompts = {(p.bucket, p.id): p for p in grouped}
-    known = recorded.get("prompts", {b.value: {} for b in Bucket})  # runs of before recorded ids alone
+    every = bucket_prompts(config)
+    known = recorded.get("prompts")
+    if known is None:  # runs of before recorded ids alone
+        every, known = group_near_duplicates(drop_exact_duplicates(every)[0]), {b.value: {} for b in Bucket}
+    prompts = {(p.bucket, p.id): p for p in every}
     changed: list[str] = []
 
     def read(bucket: Bucket, name: str) -> Prompt | None:

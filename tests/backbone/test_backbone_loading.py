@@ -9,7 +9,7 @@ import torch
 from paving.backbone import BackboneError, as_backbone, checked_ids, load_backbone, render_batch, render_messages
 from paving.backbone.fingerprint import fingerprint
 from paving.prompts.types import Bucket
-from tiny_models import prompt, tiny_backbone, tiny_model, tiny_tokenizer
+from tiny_models import lively, prompt, tiny_backbone, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,20 @@ def test_an_edit_of_a_few_columns_or_rows_has_another_fingerprint():
         changed.weight.data[index] += 1
         assert fingerprint(changed) != before
     assert fingerprint(copy.deepcopy(model)) == before
+
+
+def test_a_vector_is_looked_at_in_all_its_length():
+    model = torch.nn.LayerNorm(576, bias=False)
+    model.config = tiny_model("llama").config
+    before = fingerprint(model)
+    model.weight.data[300:] += 1
+    assert fingerprint(model) != before
+
+
+def test_a_fingerprint_of_before_says_so():
+    controller = replace(lively(tiny_backbone()), base_fingerprint="076ebf6858b17139")
+    with pytest.raises(BackboneError, match=r"made by an earlier version of paving: make it again"):
+        controller.check(tiny_backbone())
 
 
 def test_a_loaded_backbone_is_frozen_and_pads_on_the_left(checkpoint):

@@ -10,8 +10,9 @@ import paving
 from paving.backbone import as_backbone
 from paving.backbone.hooks import edit_residuals
 from paving.controller import AlwaysOpen, Closed, ControllerConfig, Oracle, PavedModel, Soft, ThresholdedSoft
+from paving.controller.store import read_description, save_controller
 from paving.prompts.types import Bucket
-from tiny_models import LATE, ROUTED, batch_of, decode, hooks_on, lively, prompt, tiny_model, tiny_tokenizer
+from tiny_models import LATE, ROUTED, batch_of, decode, hooks_on, lively, prompt, tiny_backbone, tiny_model, tiny_tokenizer
 
 
 def paved(backbone, policy, config: ControllerConfig = ROUTED, **changes) -> PavedModel:
@@ -21,6 +22,15 @@ def paved(backbone, policy, config: ControllerConfig = ROUTED, **changes) -> Pav
 def median_logit(backbone, batch, config=ROUTED) -> float:
     rows = paved(backbone, Soft(), config).gates(batch.input_ids, batch.attention_mask)
     return torch.tensor([r.logit for r in rows]).median().item()
+
+
+def test_what_was_promised_is_saved_again_with_a_loaded_controller(tmp_path):
+    backbone = tiny_backbone()
+    save_controller(lively(backbone), tmp_path / "first", {"trained_on": {"promises": ["At most 5%"], "dtype": "float32"}})
+    loaded = paving.load(backbone.model, tokenizer=backbone.tokenizer, controller=tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    assert read_description(tmp_path / "second")["trained_on"]["promises"] == ["At most 5%"]
+    assert "At most 5%" in (tmp_path / "second" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("config", [ROUTED, LATE], ids=["early route", "late route"])

@@ -29,6 +29,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     return fingerprint_of(model, parameters_in_order(model))
 
 
+def outdated(recorded: str) -> str:
+    """What to add to an error where a recorded fingerprint is of a version that looked at other weights."""
+    return "" if recorded.startswith("2-") else " It was made by an earlier version of paving: make it again with this one."
+
+
 def fingerprint_of(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) -> str:
     """The same over (name, tensor) pairs in order of name; of `model` only the configuration is read."""
     digest = hashlib.sha256()
@@ -37,7 +42,7 @@ def fingerprint_of(model: PreTrainedModel, parameters: Iterable[tuple[str, Tenso
     for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
-        while gcd(step, parameter.shape[-1] if parameter.ndim else 1) > 1:
+        while parameter.ndim > 1 and gcd(step, parameter.shape[-1]) > 1:
             step -= 1
         sample = flat[::step][:SAMPLES_PER_TENSOR].to(device="cpu", dtype=torch.bfloat16).contiguous()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -38,8 +38,8 @@ def placement(device: str) -> dict[str, Any]:
             f"--device {device} needs accelerate, which is not installed: pip install 'accelerate>=1.0'."
         ) from error
     memory = get_max_memory()
-    place = 0 if 0 in memory else "cpu"
-    room = {place: memory[place], "cpu": memory["cpu"]}
+    place = next((p for p in (0, "mps") if p in memory), "cpu")
+    room = {p: memory[p] for p in (place, "cpu") if p in memory}  # where memory is shared, it is counted once
     _, colon, size = device.partition(":")
     if colon:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from paving.backbone.fingerprint import outdated
 from paving.circuit.mask import CircuitError, Mask
 from paving.circuit_run.config import CircuitConfig
 from paving.run_folder import RunError, difference, write_json
@@ -76,5 +77,6 @@ def load_circuit(folder: Path, base_fingerprint: str | None = None) -> tuple[Mas
         raise CircuitError(
             f"the circuit in {folder} was found on a base with fingerprint {found['base_fingerprint']}; this one has "
             f"{base_fingerprint}. Find the circuit of this base: paving circuit find --out ANOTHER_FOLDER ..."
+            f"{outdated(found['base_fingerprint'])}"
         )
     return mask, scores

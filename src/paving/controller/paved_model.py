@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class PavedModel(nn.Module):
     Attributes not found here are the model's own (`config`, `device`, `generation_config`, ...).
     """
 
-    def __init__(self, backbone: Backbone, controller: ResidualPaving):
+    def __init__(self, backbone: Backbone, controller: ResidualPaving, trained_on: Mapping[str, Any] | None = None):
+        """trained_on: what the controller's folder says of its training, promises above all; saved along with it again"""
         super().__init__()
         controller.check(backbone)
         self.model = backbone.model
@@ -34,6 +36,7 @@ class PavedModel(nn.Module):
         self.controller = controller
         self._backbone = backbone
         self._threshold = controller.threshold
+        self._trained_on = None if trained_on is None else dict(trained_on)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -126,7 +129,9 @@ class PavedModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the controller (safetensors, JSON, model card); the base is named by fingerprint, not copied."""
-        save_controller(self.controller, Path(folder))
+        save_controller(
+            self.controller, Path(folder), None if self._trained_on is None else {"trained_on": self._trained_on}
+        )
         write_card(Path(folder), read_description(folder))
 
     @classmethod
@@ -178,14 +183,15 @@ def load_paved(
 
     raises BackboneError if the controller was trained for another base; ControllerError if it cannot be read.
     """
+    folder = controller_folder(controller)
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("a loaded model needs its tokenizer too: paving.load(model, tokenizer=..., controller=...).")
         backbone = as_backbone(model, tokenizer, model.config._name_or_path or type(model).__name__)
     else:
-        base = read_description(controller_folder(controller))["base"]["name"] if model is None else model
+        base = read_description(folder)["base"]["name"] if model is None else model
         backbone = load_backbone(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return PavedModel(backbone, load_controller(controller_folder(controller), backbone))
+    return PavedModel(backbone, load_controller(folder, backbone), read_description(folder).get("trained_on"))
 
 
 def controller_folder(where: str | Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paving.backbone import Backbone, BackboneError, PromptBatch
+from paving.backbone.fingerprint import outdated
 from paving.backbone.hooks import around_passes, edit_residuals
 from paving.controller.config import ControllerConfig
 from paving.controller.conformal import Reference
@@ -108,7 +109,7 @@ class ResidualPaving:
             raise BackboneError(
                 f"this controller was trained for {self.base_name} (fingerprint {self.base_fingerprint}), "
                 f"but the model at hand is {backbone.name} (fingerprint {backbone.fingerprint}). "
-                f"Load {self.base_name}, or train a controller for {backbone.name}."
+                f"Load {self.base_name}, or train a controller for {backbone.name}.{outdated(self.base_fingerprint)}"
             )
 
     @contextmanager

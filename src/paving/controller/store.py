@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from paving.backbone import Backbone, BackboneError
+from paving.backbone.fingerprint import outdated
 from paving.controller.config import ControllerConfig
 from paving.controller.conformal import as_reference
 from paving.controller.gates import Closed, MixturePolicy, RouterMixture, SingleExpert, Uniform, mixture_policy
@@ -67,7 +68,7 @@ def load_controller(folder: str | Path, backbone: Backbone) -> ResidualPaving:
         raise BackboneError(
             f"{folder} was trained for {controller.base_name} (fingerprint {controller.base_fingerprint}), but the model at "
             f"hand is {backbone.name} (fingerprint {backbone.fingerprint}). Load {controller.base_name}, or train for "
-            f"{backbone.name}."
+            f"{backbone.name}.{outdated(controller.base_fingerprint)}"
         )
     controller.weights.to(backbone.device)
     return controller

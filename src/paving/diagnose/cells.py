@@ -163,7 +163,11 @@ def decode(
         strength = f"{controller.scale * state.gate:.5g}"
         mixture = repr(controller.mixture)
         return TraceStore.key(
-            weights=study.weights_key, strength=strength, mixture=mixture, decoding=decoding, prompt=p.text
+            weights=study.weights_key,
+            strength=strength,
+            mixture=mixture,
+            decoding=decoding,
+            prompt=p.text if p.system is None else [p.system, p.text],
         )
 
     return answers(

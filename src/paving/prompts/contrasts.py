@@ -91,6 +91,7 @@ def groups_near(pairs: Sequence[Prompt], prompts: Sequence[Prompt]) -> dict[Prom
         groups[normalised(prompt.text)].add(prompt.group.casefold())
     # A group that is named after its prompt is no word to look for, though no harm would come of it.
     named = {p.group.casefold() for p in prompts if p.group != p.id}
+    named = {name for name in named if len(re.findall(r"[^\W\d_]", name)) > 2}  # no word: "-", "17", "a"
     patterns = {name: focus_word(re.sub(r"[\s_-]+", " ", name).strip()) for name in named}
     found: dict[str, set[str]] = defaultdict(set)
     for p in pairs:

@@ -24,13 +24,13 @@ DATA = "data: "
 log = logging.getLogger(__name__)
 
 
-def install(controller: ResidualPaving, wrap: Wrap) -> None:
+def install(controller: ResidualPaving, wrap: Wrap, *, promised: bool = False) -> None:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    watch = Watch(controller)
+    watch = Watch(controller, promised=promised)
     wrap(OutputProcessor, "process_outputs", functools.partial(_remember, watch))
     wrap(OpenAIServingChat, "chat_completion_full_generator", _whole_chat)
     wrap(OpenAIServingChat, "chat_completion_stream_generator", lambda old: _stream(old, _of_chat, before=0))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from paving.controller.gates import CONFORMAL
+from paving.controller.gates import CONFORMAL, Conformal
 from paving.controller.residual_paving import ResidualPaving
 from paving.serving.drift import LEVEL, WINDOW, Drift
 from paving.serving.told import Told
@@ -60,8 +61,8 @@ def meters() -> Meters:
 class Watch:
     """Counts the decisions of one controller."""
 
-    def __init__(self, controller: ResidualPaving):
-        self.controller = controller
+    def __init__(self, controller: ResidualPaving, *, promised: bool = False):
+        self.controller, self.promised = controller, promised
         self.meters = meters()
         self.drift = _drift(controller)
         self._recent: dict[int, None] = {}  # hashes of the prompts in the drift watch's window, oldest first
@@ -88,8 +89,10 @@ class Watch:
                 self._watch(told.boundary)
 
     def _would_open(self, policy: str, logit: float) -> bool:
-        gate = self.controller.policy_named(policy).gate(torch.tensor([logit]), None)
-        return bool(gate > 0)
+        named = self.controller.policy_named(policy)
+        if self.promised and isinstance(named, Conformal):
+            named = replace(named, threshold=max(named.threshold, self.controller.threshold))  # as served.asked_for has it
+        return bool(named.gate(torch.tensor([logit]), None) > 0)
 
     def _is_new(self, prompt: int) -> bool:
         known = prompt in self._recent

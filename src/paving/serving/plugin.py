@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from paving.backbone.embedded import EMBEDDED, embedded_checkpoint
+from paving.backbone.fingerprint import outdated
 from paving.backbone.hooks import behind_blocks
 from paving.circuit.base_files import fingerprint_of_files
 from paving.circuit.shards import open_checkpoint
@@ -59,7 +60,7 @@ def install(where: str) -> None:
 
     admission.install(where, controller, wrap)
     wrap(Scheduler, "update_from_output", _tell)
-    answers.install(controller, wrap)
+    answers.install(controller, wrap, promised=makes_a_promise(where) and not diagnostics_allowed())
     wrap(kv_cache_utils, "generate_block_hash_extra_keys", _taint)
     for runner in (GPUModelRunner, CPUModelRunner):
         if "load_model" in vars(runner):
@@ -140,7 +141,7 @@ def check_base(model: str, controller: ResidualPaving) -> None:
     if found != controller.base_fingerprint:
         raise ServingError(
             f"the controller was trained for {controller.base_name} (fingerprint {controller.base_fingerprint}), and "
-            f"{model} has {found}. Serve that base."
+            f"{model} has {found}. Serve that base.{outdated(controller.base_fingerprint)}"
         )
 
 
@@ -321,9 +322,11 @@ def _forward(old: Callable) -> Callable:
         )
         _or_broken(served, lambda: served.begin(spans, {n: asked(self.requests[n].sampling_params) for n in names}))
         output = old(self, *args, **kwargs)
+        _agree(served)
         if served.again:
             _or_broken(served, served.second_pass)
             output = old(self, *args, **kwargs)
+            _agree(served)
         return output
 
     return forward
@@ -334,4 +337,20 @@ def _or_broken(served: Served, prepare: Callable[[], None]) -> None:
         prepare()
     except Exception:
         log.exception("paving: a step could not be prepared; its requests with open gates are ended")
+        served.break_step()
+
+
+def _agree(served: Served) -> None:
+    """After a pass under tensor parallelism: what broke on one rank is broken on all, or the others would go on editing, and
+    a second pass that one rank alone makes would wait for the rest for ever."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return
+    said = torch.tensor([int(served.broke), int(served.again), -int(served.again)])
+    torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    broke, some_again, none_all = said.tolist()
+    if (broke or some_again != -none_all) and not served.broke:
+        log.error("paving: the ranks of this step do not agree; its requests with open gates are ended")
         served.break_step()

@@ -100,10 +100,11 @@ class Served:
         self._edits: dict[int, Edit] = {}
         self._planned: list[tuple[Request, range]] = []  # what the edits were made for
         self._broken: set[str] = set()
+        self.broke = False  # in the step under way
 
     def begin(self, spans: Sequence[Span], asked: Mapping[str, Asked]) -> None:
         """asked: request -> what its user asked for; nothing for one that is not in it."""
-        self._spans, self.again = tuple(spans), False
+        self._spans, self.again, self.broke = tuple(spans), False, False
         for span in spans:
             if span.request not in self.requests:
                 self.requests[span.request] = self._admitted(span, asked.get(span.request, NOTHING))
@@ -142,6 +143,7 @@ class Served:
     def break_step(self) -> None:
         """After a failure outside a single gate's decision: what was being read goes on as the base's, its gate failed; what
         was being edited is broken. Rows of closed gates were not touched."""
+        self.broke = True
         for span in self._spans:
             request = self.requests.get(span.request)
             if request is None or request.strength is not None:
@@ -293,5 +295,5 @@ def asked_for(
         if isinstance(policy, Soft):
             raise ValueError("this controller makes a promise, and a soft gate, never quite closed, would break it.")
         if isinstance(policy, Conformal):  # alpha is the user's to choose, below what was promised it opens nothing
-            policy = replace(policy, threshold=max(policy.threshold, controller.policy.threshold))
+            policy = replace(policy, threshold=max(policy.threshold, controller.threshold))
     return controller.with_policy(policy, use_veto=use_veto)
