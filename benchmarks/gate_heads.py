@@ -21,7 +21,6 @@ from paving.backbone import Backbone, PromptBatch, checked_ids, pad_left
 from paving.backbone.hooks import record_residuals
 from paving.prompts.types import Prompt
 
-PARTS = ("last", "mean", "user", "extremes", "tail")
 C_RBF, C_LINEAR, C_ATTENTION = 10.0, 0.01, 0.01  # as the search has them
 HIDDEN = 64
 # Fits on (rows, labels, weights), and scores rows.

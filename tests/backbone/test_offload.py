@@ -96,6 +96,10 @@ def test_what_was_put_on_disk_goes_with_the_model(checkpoint, monkeypatch, tmp_p
     monkeypatch.setattr("tempfile.tempdir", None)
     backbone = load_backbone(checkpoint, device=LITTLE)
     assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path.parent / "empty").mkdir(exist_ok=True)
+    with pytest.raises(BackboneError, match="cannot load"):
+        load_backbone(tmp_path.parent / "empty", device=LITTLE)
+    assert len(list(tmp_path.iterdir())) == 1
     del backbone
     gc.collect()
     assert list(tmp_path.iterdir()) == []

@@ -34,7 +34,6 @@ from paving.steering.checks import SteeringError
 from paving.steering.routing import Labelled, Probe, fit_probe
 from paving.traces.preservation import keep_divergence
 from paving.training.prepare import boundary_matrix
-from paving.training.promise import PromiseConfig, promises
 from tiny_runs import WordJudge
 
 EVERY = ("global", "probe", "probe+veto", "oracle")
@@ -80,21 +79,6 @@ def bench(evaluated, means, tmp_path_factory):
     linear = fit_probe(boundary_matrix(found.backbone, prompts, read), [i % 3 == 0 for i in range(len(prompts))])
     found.__dict__["probe"] = Probe(read.route_layers, read.pooling, linear)
     return found
-
-
-def test_the_probe_keeps_the_promise_that_the_run_makes(evaluated, means, tmp_path):
-    shutil.copytree(evaluated, tmp_path / "run")
-    found = open_bench(tmp_path / "run", means, WordJudge())
-    promise = PromiseConfig(harmful=0.4, delta=0.4)
-    calibration = found.config.calibration.model_copy(update={"promise": promise, "policies": ("hard",)})
-    bound = replace(found, config=found.config.model_copy(update={"calibration": calibration}))
-    assert bound.probe.edit.threshold >= found.probe.edit.threshold
-    prompts = found.splits.of(SplitName.CALIBRATION)
-    logits = bound.probe.edit.margin(boundary_matrix(found.backbone, prompts, found.controller.config))
-    (made,) = promises(logits.tolist(), prompts, promise)
-    opened = [p.id for p, x in zip(prompts, logits.tolist(), strict=True) if x > bound.probe.edit.threshold]
-    assert len([p for p in prompts if p.bucket is Bucket.HARMFUL_KEEP and p.id in opened]) <= made.allowed
-    assert bound.routing_key("probe") != found.routing_key("probe") and bound.routing_key("global") == "global"
 
 
 def flat(calibration):

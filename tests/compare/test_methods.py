@@ -20,7 +20,8 @@ from paving.steering.checks import SteeringError
 from paving.steering.dim import DimConfig, fit_dim
 from paving.steering.rdo import RDOConfig
 from paving.steering.routing import Labelled
-from paving.training.prepare import silent
+from paving.training.prepare import boundary_matrix, silent
+from paving.training.promise import PromiseConfig, promises
 from tiny_material import REFUSAL_FIRST, tiny_material
 from tiny_models import logits_of, tiny_backbone
 from tiny_runs import WordJudge
@@ -143,3 +144,19 @@ def test_a_methods_own_condition_is_fitted_once_for_all_comparisons(setting, eva
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(pytest.fail.Exception, match="fitted again"):
         compare(tmp_path / "run", means, judge=WordJudge(), table=(unfit,))
+
+
+def test_the_probe_keeps_the_promise_that_the_run_makes(setting, evaluated, tmp_path):
+    _, means = setting
+    shutil.copytree(evaluated, tmp_path / "run")
+    found = open_bench(tmp_path / "run", means, WordJudge())
+    promise = PromiseConfig(harmful=0.4, delta=0.4)
+    calibration = found.config.calibration.model_copy(update={"promise": promise, "policies": ("hard",)})
+    bound = replace(found, config=found.config.model_copy(update={"calibration": calibration}))
+    assert bound.probe.edit.threshold >= found.probe.edit.threshold
+    prompts = found.splits.of(SplitName.CALIBRATION)
+    logits = bound.probe.edit.margin(boundary_matrix(found.backbone, prompts, found.controller.config))
+    (made,) = promises(logits.tolist(), prompts, promise)
+    opened = [p.id for p, x in zip(prompts, logits.tolist(), strict=True) if x > bound.probe.edit.threshold]
+    assert len([p for p in prompts if p.bucket is Bucket.HARMFUL_KEEP and p.id in opened]) <= made.allowed
+    assert bound.routing_key("probe") != found.routing_key("probe") and bound.routing_key("global") == "global"

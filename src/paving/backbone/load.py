@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,10 +107,10 @@ def load_backbone(
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = str(accelerator) if accelerator is not None else "cpu"
-    placed = placement(device) if is_offload(device) else {}
     looks_local = path.startswith((".", "/", "~")) or os.sep + os.sep in path
     if looks_local and not Path(path).expanduser().is_dir():
         raise BackboneError(f"there is no model folder {path}. Give a checkpoint folder or a Hugging Face model id.")
+    placed = placement(device) if is_offload(device) else {}
     path = str(Path(path).expanduser()) if looks_local or Path(path).is_dir() else path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -119,6 +120,8 @@ def load_backbone(
             path, config=config, dtype=torch_dtype, trust_remote_code=trust_remote_code, **placed
         )
     except (OSError, ValueError, KeyError) as error:
+        if placed:
+            shutil.rmtree(placed["offload_folder"], ignore_errors=True)
         raise BackboneError(
             f"cannot load {name}: {str(error).splitlines()[0]} "
             "Give a checkpoint folder, a Hugging Face model id that this machine can reach, or "

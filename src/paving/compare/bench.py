@@ -169,15 +169,13 @@ class Bench:
 
     @cached_property
     def _identity(self) -> str:
-        prompts = [(p.id, p.text, p.bucket.value, p.target, p.source, p.group) for s in FITTING for p in self.splits.of(s)]
-        system = [p.system for s in FITTING for p in self.splits.of(s)]
+        prompts = [(p.id, *p.asked, p.bucket.value, p.target, p.source, p.group) for s in FITTING for p in self.splits.of(s)]
         training = self.config.training
         return TraceStore.key(
             base=self.backbone.fingerprint,
             dtype=str(self.backbone.dtype),
             device=self.backbone.device.type,  # answers are the same bit for bit on one kind alone
             prompts=prompts,
-            **({"system": system} if any(system) else {}),  # only then, so that earlier sweeps keep their names
             targets=[training.targets, training.horizon, training.seed, self.config.targets_from],
             decoding=self.config.decoding.model_dump(mode="json"),
         )

@@ -167,7 +167,7 @@ def decode(
             strength=strength,
             mixture=mixture,
             decoding=decoding,
-            prompt=p.text if p.system is None else [p.system, p.text],
+            prompt="\0".join(p.asked),
         )
 
     return answers(

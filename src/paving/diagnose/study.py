@@ -151,10 +151,7 @@ class Study:
             schema=Diagnostics.model_fields["schema_version"].default,
             weights=self.weights_key,
             controller=[repr(c.policy), repr(c.mixture), c.scale, c.use_veto],
-            prompts=[
-                (p.id, p.text, p.bucket.value, p.group, p.target, *([p.system] if p.system is not None else []))
-                for p in (*self.prompts, *self.train)
-            ],
+            prompts=[(p.id, *p.asked, p.bucket.value, p.group, p.target) for p in (*self.prompts, *self.train)],
             training=self.training.model_dump(mode="json"),
             targets_from=self.config.targets_from,
             decoding=self.config.decoding.model_dump(mode="json"),

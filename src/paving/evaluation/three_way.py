@@ -201,7 +201,7 @@ def _key(backbone: Backbone, prompts: Sequence[Prompt], spec: RowSpec, **how: ob
         base=backbone.fingerprint,
         dtype=str(backbone.dtype),
         spec=spec.key,
-        prompts=[(p.id, p.text, *([p.system] if p.system is not None else [])) for p in prompts],
+        prompts=[(p.id, *p.asked) for p in prompts],
         **how,
     )
 

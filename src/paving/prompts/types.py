@@ -50,6 +50,11 @@ class Prompt:
     source: str | None = None
     system: str | None = None
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What a model is shown of it, for the names of what is kept: the text, behind its system prompt if it has one."""
+        return (self.text,) if self.system is None else (self.system, self.text)
+
 
 @dataclass(frozen=True)
 class Splits:
