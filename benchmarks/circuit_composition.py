@@ -21,7 +21,7 @@ from typing import get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from circuits import CATEGORIES, percents
+from circuits import CATEGORIES, keep, percents
 from paving.circuit.compose import compose
 from paving.circuit.delta import Delta
 from paving.circuit.delta_files import load_delta, weights_sha256
@@ -104,8 +104,7 @@ def measured(args: argparse.Namespace, kept: Kept | None, path: Path) -> Kept:
         base = base or labels
         if name in todo:
             found.rows.append(row.model_copy(update={"name": name}))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found.model_dump_json() + "\n", encoding="utf-8")
+        keep(found, path)
     return found
 
 

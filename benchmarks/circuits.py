@@ -7,8 +7,9 @@ DIR holds CAST's contrast pairs, cast_categories_train.jsonl and cast_categories
 saladbench.jsonl and harmbench.jsonl. A run is a folder of --out (CATEGORY-seedN-RECIPE); the comparators stand in the
 selective run. A killed command goes on where it was. Counts of a finished run, and no prompt or answer, are written to
 --kept, a file a run: what is there is not measured again, on any machine. Rates are pooled over seeds (the held-out prompts
-are the same, so intervals are those of one seed's n); the mean over categories is the paper's, its interval that of all
-their prompts.
+are the same, so intervals are those of one seed's n, and seeds stand beside); the mean over categories is the paper's, its
+interval that of all their prompts. "At the limit" is the most of the category that a row's curve on the calibration pairs
+refuses within the limit on over-refusal.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
@@ -29,7 +30,7 @@ from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, fi
 from paving.circuit_run.config import RECIPES, with_recipe
 from paving.circuit_run.evaluate import EDIT, frontier_points
 from paving.circuit_run.stages import NoStrengthError, read_strengths
-from paving.evaluation.refusal_policy import FrontierPoint, PolicyMetrics
+from paving.evaluation.refusal_policy import FrontierPoint, PolicyMetrics, PolicyRow
 from paving.evaluation.results import Rate
 from paving.evaluation.statistics import wilson
 from paving.run import Means
@@ -41,6 +42,7 @@ ENOUGH = 0.15  # over-refusal beyond which a curve ends: what costs so much is n
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a34f8f", "#a96d00", "#56b4e9", "#5c6570")
 # Three times the paper's rate for a quarter of its epochs: a fine-tune of all weights costs what a run does.
 WEIGHT_STEERING = {"learning_rate": 3e-5, "epochs": 2}
+OWN = ("category", "benign")
 AGAINST = ("inverse", "random", "ws", "as", "cast")
 
 
@@ -118,7 +120,7 @@ def measure(args: argparse.Namespace, category: str, seed: int, recipe: str, mea
     keep(found, kept)
 
 
-def keep(found: Kept, path: Path) -> None:
+def keep(found: BaseModel, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(found.model_dump_json() + "\n", encoding="utf-8")
@@ -223,9 +225,30 @@ def row_summary(name: str, runs: Sequence[Run]) -> dict:
             side: mean_of([pooled(counts) for counts in by.values()], sum(asked[side].values()))
             for side, by in sides.items()
         },
-        "at_limit": fmean(reached(c, LIMIT) for c in curves) if curves else None,
+        "by_seed": by_seed(mine),
+        "at_limit": mean_reached([(r, r.curves[n]) for r in runs for n in r.curves if r.named(n) == name]),
         "curve": pooled_curve(curves),
     }
+
+
+def by_seed(mine: Sequence[tuple[Run, PolicyRow]]) -> dict[int, dict[str, float]]:
+    """Seed -> side -> mean over the categories, of seeds that have them all."""
+    found: dict[int, dict[str, float]] = {}
+    for seed in sorted({run.seed for run, _ in mine}):
+        rows = [row for run, row in mine if run.seed == seed]
+        if len(rows) == len({run.category for run, _ in mine}):
+            rates = {side: [s.refused.rate for row in rows for s in row.sets.values() if s.side == side] for side in OWN}
+            found[seed] = {side: fmean(of_side) for side, of_side in rates.items()}
+    return found
+
+
+def mean_reached(curves: Sequence[tuple[Run, Sequence[FrontierPoint]]]) -> dict | None:
+    """What `reached` says of every curve: their mean, and that of each seed."""
+    found = [(run.seed, y) for run, curve in curves if (y := reached(curve, LIMIT)) is not None]
+    if not found:
+        return None
+    seeds = {seed: fmean(y for of, y in found if of == seed) for seed in sorted({seed for seed, _ in found})}
+    return {"rate": fmean(y for _, y in found), "by_seed": seeds, "runs": len(found)}
 
 
 def pooled(counts: Sequence[tuple[int, int]]) -> dict:
@@ -257,14 +280,15 @@ def both(point: FrontierPoint) -> tuple[Rate, Rate]:
     return point.benign_refused, point.category_refused
 
 
-def reached(curve: Sequence[FrontierPoint], limit: float) -> float:
-    """Refusal of the category where the curve crosses the limit on over-refusal (calibration split), by straight lines
-    between the strengths that were tried; the last point where it never does."""
+def reached(curve: Sequence[FrontierPoint], limit: float) -> float | None:
+    """The most of the category that the curve refuses within the limit on over-refusal (calibration split), by straight
+    lines between the strengths that were tried; None where even the base is over it."""
     points = [(p.benign_refused.rate, p.category_refused.rate) for p in curve]
+    within = [y for x, y in points if x <= limit]
     for (x0, y0), (x1, y1) in pairwise(points):
-        if x1 > limit:
-            return y0 + (y1 - y0) * max(0.0, limit - x0) / (x1 - x0) if x1 > x0 else y0
-    return points[-1][1]
+        if min(x0, x1) <= limit < max(x0, x1):
+            within.append(y0 + (y1 - y0) * (limit - x0) / (x1 - x0))
+    return max(within, default=None)
 
 
 def draw_frontier(summary: dict, path: Path) -> None:
@@ -287,20 +311,31 @@ def draw_frontier(summary: dict, path: Path) -> None:
 
 def markdown(summary: dict) -> str:
     sides = ("category", "benign", "other", "ood")
-    lines = ["| row | seeds; categories | category refused % | benign % | others % | ood % | at the limit (calibration) % |"]
+    lines = [
+        "| row | runs | category refused % (by seed) | benign % (by seed) | others % | ood % | at the limit % (by seed) |"
+    ]
     lines.append("| --- |" + " --- |" * 6)
     for name, row in summary.items():
-        cells = [shown(row["mean"].get(side)) for side in sides]
-        n = row["mean"]["category"]["categories"] if "category" in row["mean"] else 0
-        seeds = f"{', '.join(map(str, row['seeds'])) or 'n/a'}; {n}"
-        absent = f" ({row['without_strength']} of {row['runs']} runs without α)" if row["without_strength"] else ""
-        lines.append(f"| {name}{absent} | {seeds} | {' | '.join(cells)} | {percents(row['at_limit'])} |")
+        cells = [shown(row["mean"].get(side)) + seeds_shown(row["by_seed"], side) for side in sides[:2]]
+        cells += [shown(row["mean"].get(side)) for side in sides[2:]]
+        absent = f" ({row['without_strength']} without α)" if row["without_strength"] else ""
+        limit = row["at_limit"]
+        at_limit = percents(limit["rate"]) + listed(limit["by_seed"].values()) if limit else "n/a"
+        lines.append(f"| {name} | {row['runs']}{absent} | {' | '.join(cells)} | {at_limit} |")
     categories = list(dict.fromkeys(c for row in summary.values() for c in row["sides"].get("category", {})))
     lines += ["", f"| category / benign refused % | {' | '.join(categories)} |", "| --- |" + " --- |" * len(categories)]
     for name, row in summary.items():
-        cells = [" / ".join(shown(row["sides"].get(side, {}).get(c)) for side in sides[:2]) for c in categories]
+        cells = [" / ".join(shown(row["sides"].get(side, {}).get(c)) for side in OWN) for c in categories]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def seeds_shown(means: dict[int, dict[str, float]], side: str) -> str:
+    return listed(of_seed[side] for of_seed in means.values()) if len(means) > 1 else ""
+
+
+def listed(rates: Iterable[float]) -> str:
+    return f" ({', '.join(f'{100 * r:.0f}' for r in rates)})"
 
 
 def shown(rate: dict | None) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from paving.circuit import edges
 from paving.circuit.mask import CircuitError
-from paving.circuit_run import StrengthConfig, edit, evaluate, find, stages, trained
+from paving.circuit_run import CircuitConfig, StrengthConfig, edit, evaluate, find, stages, trained
 from paving.circuit_run.inputs import held_out_sets
+from paving.cli_circuit import circuit_config
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import Decoding
 from paving.report.examples import REDACTED
@@ -232,6 +234,29 @@ def test_a_fraction_that_chooses_nothing_is_refused_before_attribution(files, tm
     monkeypatch.setattr(stages, "attribute", lambda *_a, **_k: pytest.fail("attributed"))
     with pytest.raises(CircuitError, match=r"a fraction of 0\.001 of 48 channels is 0"):
         find(tiny_circuit(files, fraction=0.001), tmp_path / "run", means)
+    monkeypatch.undo()
+    find(tiny_circuit(files), tmp_path / "run", means)  # the folder does not belong to what was refused
+
+
+def test_a_base_whose_edit_cannot_be_exported_is_said_before_anything_is_found(files, tmp_path, means):
+    told = []
+    asked = replace(means, say=told.append)
+    find(tiny_circuit(files), tmp_path / "as stored", asked)
+    assert not any("cannot be written into a checkpoint" in line for line in told)
+    find(tiny_circuit(files, dtype="bfloat16"), tmp_path / "another", asked)
+    (line,) = [line for line in told if "cannot be written into a checkpoint" in line]
+    assert "is bfloat16 here, and F32 in" in line
+
+
+def test_a_recipe_by_name_is_that_of_the_command(files):
+    given = {"pairs": "p.jsonl", "category": "harm", "arithmetic": {"batch_size": 4}}
+    config = CircuitConfig.of_recipe("selective", **given)
+    assert config == circuit_config(None, "selective", reading=None, seed=None, pairs="p.jsonl", category="harm").model_copy(
+        update={"arithmetic": config.arithmetic}
+    )
+    assert (config.fraction, config.arithmetic.retain, config.arithmetic.batch_size) == (0.06, "kl", 4)
+    with pytest.raises(ValueError, match="allowed: published, selective"):
+        CircuitConfig.of_recipe("other", **given)
 
 
 @pytest.mark.parametrize("column", ["benign", "Harm", "../harm", "a/b"])

@@ -144,8 +144,9 @@ def test_a_composition_is_measured_by_the_run_of_each_category_and_its_card_says
         other = made / {"harm": "other", "other": "harm"}[category] / "delta"
         said = printed("circuit", "evaluate", run, "--delta", both, "--delta", other)
         assert "both" in said
-        rows = json.loads(printed("circuit", "evaluate", run, "--json"))["rows"]  # they stay
-        assert [r["name"] for r in rows][:4] == ["base", "c-delta-theta", "both", other.parent.name]
+        metrics = json.loads(printed("circuit", "evaluate", run, "--json"))  # they stay
+        assert [r["name"] for r in metrics["rows"]][:4] == ["base", "c-delta-theta", "both", other.parent.name]
+        assert metrics["deltas"]["both"] == "../both"  # seen from the run: the two may move together
     printed("circuit", "apply", made / "base", both, "--out", tmp_path / "edited")
     card = (tmp_path / "edited" / "README.md").read_text(encoding="utf-8")
     assert all(f"| {said} |" in card for said in ("refusal of harm", "refusal of other", "benign over refusal"))

@@ -32,7 +32,8 @@ def find_circuit(
     model: Annotated[str | None, typer.Option(help="Model id, checkpoint folder, or the embedded default.")] = None,
     benign: Annotated[str | None, typer.Option(help="The benign column. Default: base.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="published (the paper's), or selective: with a retain term on benign pairs.")
+        str | None,
+        typer.Option(help="published (the paper's; the default), or selective: with a retain term on benign pairs."),
     ] = None,
     reading: Annotated[str | None, typer.Option(help="neurons (columns) or outputs (rows) of the FFN output.")] = None,
     fraction: Annotated[
@@ -88,7 +89,11 @@ def evaluate_circuit(
     against: Annotated[list[str] | None, typer.Option(help="Further rows: inverse, random, as, cast, ws.")] = None,
     ood: Annotated[list[str] | None, typer.Option(help="Prompt files or datasets of other sources.")] = None,
     delta: Annotated[
-        list[Path] | None, typer.Option(help="Further delta folders of this base, as what compose wrote: a row each.")
+        list[Path] | None,
+        typer.Option(
+            help="Further delta folders of this base, as what compose wrote: a row each. A composition's figures are "
+            "written into its folder, for the card."
+        ),
     ] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemote = False,
@@ -168,7 +173,10 @@ def remove_delta(
     folder: Annotated[Path, typer.Option("--out", help="Folder of the restored base; it must not exist.")],
     alpha: Annotated[float | None, typer.Option(help="The α it was applied with, if not the delta's own.")] = None,
 ) -> None:
-    """The base again, bit for bit, from an edited checkpoint and its delta alone."""
+    """The base again from an edited checkpoint and its delta alone: the circuit bit for bit, the rest as it is there.
+
+    Weights off the circuit are compared with the base's fingerprint, which samples them; verify compares every bit.
+    """
     from paving.circuit.checkpoint import remove_from
     from paving.circuit.delta_files import load_delta
 

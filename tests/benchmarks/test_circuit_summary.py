@@ -40,7 +40,9 @@ def test_a_circuit_summary_pools_seeds_and_keeps_one_seeds_interval(script):
         and row["mean"]["benign"]["n"] == 20
     )
     assert row["sides"]["other"]["a"]["n"] == 40 and row["sides"]["other"]["a"]["rate"] == 0.1
-    assert row["at_limit"] == pytest.approx(0.4 + 0.4 * (circuits.LIMIT - 0.02) / 0.04)
+    assert row["at_limit"]["rate"] == pytest.approx(0.4 + 0.4 * (circuits.LIMIT - 0.02) / 0.04)
+    assert row["at_limit"]["runs"] == 6 and list(row["at_limit"]["by_seed"]) == [0, 1, 2]
+    assert row["by_seed"][2] == pytest.approx({"category": 0.6, "benign": 0.05})
     assert row["curve"][1] == pytest.approx({"strength": 0.5, "benign": 0.02, "category": 0.4})
 
 
@@ -55,9 +57,32 @@ def test_a_circuit_run_without_a_strength_has_a_curve_and_no_row(script, tmp_pat
     assert row["runs"] == 2 and row["without_strength"] == 1 and list(row["sides"]["category"]) == ["a"]
     assert row["curve"][1]["category"] == pytest.approx(0.4)
     text = circuits.markdown(summary)
-    assert "c-delta-theta, selective (1 of 2 runs without α) | 0; 1 | 50.0 [" in text and "| base | 0; 1 | 0.0 [" in text
+    assert "c-delta-theta, selective | 2 (1 without α) | 50.0 [" in text and "| base | 1 | 0.0 [" in text
     circuits.draw_frontier(summary, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        ([(0, 2), (2, 50), (3, 70), (0, 0)], 0.7),  # a row that comes to nothing again: its best, and not its end
+        ([(0, 2), (2, 50), (10, 90), (2, 10)], 0.61),  # over the limit and back: where it crosses going up
+        ([(0, 2), (10, 10), (3, 80)], 0.8),  # ... and coming back
+        ([(9, 2), (20, 50)], None),  # the base itself is over it
+    ],
+)
+def test_a_curve_is_worth_the_most_it_refuses_within_the_limit(script, curve, expected):
+    circuits = script("circuits")
+    points = circuit_run(circuits, "a", 0, None, curve).curves[circuits.EDIT]
+    found = circuits.reached(points, 0.042)
+    assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_a_seed_without_all_categories_has_no_mean_of_its_own(script):
+    circuits = script("circuits")
+    runs = [circuit_run(circuits, c, seed, (10, 1), [(0, 0)]) for c, seed in (("a", 0), ("b", 0), ("a", 1))]
+    row = circuits.summarise(runs)["c-delta-theta, selective"]
+    assert list(row["by_seed"]) == [0] and row["runs"] == 3
 
 
 def test_a_kept_run_is_not_measured_again_wherever_its_data_lie_and_never_under_other_settings(script, tmp_path):

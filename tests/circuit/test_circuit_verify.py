@@ -256,6 +256,17 @@ def test_files_beside_the_weights_are_compared(single):
     assert {line.name: line.ok for line in report.files}["README.md"]
 
 
+def test_what_a_download_or_git_keeps_in_hidden_folders_is_no_finding(single):
+    for side in (single.base_folder, single.edited):
+        for name in (".cache/huggingface/download/model.safetensors.metadata", ".git/config"):
+            (side / name).parent.mkdir(parents=True, exist_ok=True)
+            (side / name).write_text(str(side))
+    assert single.verify().ok
+    (single.edited / "more").mkdir()
+    (single.edited / "more" / "modeling.py").write_text("")  # a folder in sight may be loaded from
+    assert single.verify().findings == ("more/modeling.py: only in the edited checkpoint",)
+
+
 def test_the_metadata_of_headers_and_index_is_compared(story, tmp_path):
     edited = shutil.copytree(story.edited, tmp_path / "edited")
     index = edited / "model.safetensors.index.json"

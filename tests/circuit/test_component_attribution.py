@@ -158,3 +158,14 @@ def test_a_category_without_pairs_is_one_clear_error():
         references(backbone, [], OPENINGS)
     with pytest.raises(CircuitError, match="0 blocks from 6"):
         attribute(backbone, PAIRS, first_logit, AttributionConfig(first=6))
+
+
+def test_scores_that_are_no_numbers_choose_no_circuit():
+    with pytest.raises(CircuitError, match=r"no numbers in layer 1: .*overflow in float32"):
+        attribute(tiny_backbone(), PAIRS, lambda logits: logits[:, 7] * float("inf"), AttributionConfig())
+
+
+def test_pairs_that_are_the_same_for_the_model_choose_no_circuit():
+    same = [Pair(p.id, p.harmful, p.harmful) for p in PAIRS]
+    with pytest.raises(CircuitError, match="the same score"):
+        attribute(tiny_backbone(), same, first_logit, AttributionConfig())

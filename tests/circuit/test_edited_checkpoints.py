@@ -191,7 +191,7 @@ def test_a_name_is_taken_only_where_one_fits():
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("no space left on device")], ids=["interrupt", "full disk"])
-@pytest.mark.parametrize("during", ["_write", "write_card", "_finish"])
+@pytest.mark.parametrize("during", ["_write", "write_card", "compared", "_finish"])
 @pytest.mark.parametrize("way", ["apply", "remove"])
 def test_an_interrupted_export_leaves_nothing(base, delta, tmp_path, monkeypatch, stop, during, way):
     source = base.name if way == "apply" else apply_to(base.name, delta, tmp_path / "edited")
@@ -200,7 +200,7 @@ def test_an_interrupted_export_leaves_nothing(base, delta, tmp_path, monkeypatch
     def fails(*args, **kwargs):
         raise stop
 
-    if way == "remove" and during == "write_card":
+    if way == "remove" and during in ("write_card", "compared"):
         during = "fingerprint_of_files"
     monkeypatch.setattr(checkpoints, during, fails)
     with pytest.raises((KeyboardInterrupt, CircuitError)):
@@ -208,7 +208,8 @@ def test_an_interrupted_export_leaves_nothing(base, delta, tmp_path, monkeypatch
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_killed_export_leaves_nothing_that_can_be_loaded(base, delta, tmp_path, monkeypatch):
+@pytest.mark.parametrize("during", ["copying", "the proof"])
+def test_a_killed_export_leaves_nothing_that_can_be_loaded(base, delta, tmp_path, monkeypatch, during):
     written = []
 
     def dies(source, to):
@@ -216,7 +217,10 @@ def test_a_killed_export_leaves_nothing_that_can_be_loaded(base, delta, tmp_path
         if len(written) > 6:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(checkpoints.shutil, "copyfile", dies)
+    if during == "copying":
+        monkeypatch.setattr(checkpoints.shutil, "copyfile", dies)
+    else:
+        monkeypatch.setattr(checkpoints, "compared", lambda *_a, **_k: os.kill(os.getpid(), signal.SIGKILL))
     child = os.fork()  # cheaper than a new interpreter
     if child == 0:
         signal.alarm(60)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from paving.backbone import Backbone
 from paving.backbone.fingerprint import fingerprint_of
+from paving.backbone.projections import ffn_outputs
 from paving.backbone.weights import same_bits
 from paving.circuit.delta import Delta
 from paving.circuit.mask import CircuitError
-from paving.circuit.shards import CONFIG, Checkpoint, stored_name
+from paving.circuit.shards import CONFIG, Checkpoint, checkpoint_folder, open_checkpoint, stored_name
 from paving.circuit.slices import slice_of
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -58,6 +61,23 @@ def circuit_tensors(checkpoint: Checkpoint, delta: Delta) -> dict[int, str]:
     return names
 
 
+def why_not_exported(backbone: Backbone) -> str | None:
+    """Why an edit of this model could not be written into its files, as far as their headers tell; None if it could."""
+    try:
+        checkpoint = open_checkpoint(checkpoint_folder(backbone.name))
+    except CircuitError as error:
+        return str(error)
+    for projection in ffn_outputs(backbone).values():
+        name = stored_name(checkpoint.tensors, projection.parameter)
+        stored = checkpoint.tensors[name].dtype if name is not None else None
+        if DTYPES.get(stored) != projection.weight.dtype:
+            return (
+                f"{projection.parameter} is {str(projection.weight.dtype).removeprefix('torch.')} here, and "
+                f"{stored or 'nothing of that name'} in {checkpoint.folder}. Load the model as its files hold it."
+            )
+    return None
+
+
 def slices_of(checkpoint: Checkpoint, delta: Delta, names: Mapping[int, str]) -> Iterator[tuple[int, Tensor]]:
     """(layer, the slice that the checkpoint holds there), one after another."""
     for line in delta.description.layers:
@@ -73,12 +93,14 @@ def first_difference(
     return next((names[layer] for layer, own in slices if not same_bits(own, wanted[layer])), None)
 
 
-def fingerprint_of_files(checkpoint: Checkpoint, delta: Delta | None = None) -> str:
+def fingerprint_of_files(checkpoint: Checkpoint, delta: Delta | None = None, *, described: Path | None = None) -> str:
     """What Backbone.fingerprint would be, without loading the model: names from its configuration, weights from files.
+
+    described  a folder whose config.json is read in place of the checkpoint's own, which is not there yet
 
     raises CircuitError for a folder that is no whole checkpoint, and where a weight that `delta` edits is tied to another
     """
-    model = _without_weights(checkpoint)
+    model = _without_weights(described or checkpoint.folder)
     tied = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     edited = {line.parameter for line in delta.description.layers} if delta is not None else set()
     parameters = {}
@@ -95,13 +117,13 @@ def fingerprint_of_files(checkpoint: Checkpoint, delta: Delta | None = None) -> 
     return fingerprint_of(model, ((p, checkpoint.read(name)) for p, name in sorted(parameters.items())))
 
 
-def _without_weights(checkpoint: Checkpoint) -> nn.Module:
+def _without_weights(folder: Path) -> nn.Module:
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CircuitError(
-            f"{checkpoint.folder / CONFIG} does not describe a model that transformers can build: "
+            f"{folder / CONFIG} does not describe a model that transformers can build: "
             f"{str(error).splitlines()[0]} Models that need their own code are not supported here."
         ) from error

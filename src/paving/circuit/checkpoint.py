@@ -16,7 +16,7 @@ from paving.circuit.delta import Delta
 from paving.circuit.delta_files import weights_sha256
 from paving.circuit.folders import check_free, whole_folder
 from paving.circuit.mask import CircuitError
-from paving.circuit.shards import CONFIG, INDEX, Checkpoint, belongs_beside, checkpoint_folder, open_checkpoint
+from paving.circuit.shards import CONFIG, INDEX, Checkpoint, belongs_beside, checkpoint_folder, open_checkpoint, read_json
 from paving.circuit.slices import write_slice
 from paving.circuit.verify import compared
 
@@ -70,18 +70,20 @@ def apply_to(
         _write(checkpoint, partial, delta, names, edited)
         total = sum(stored.numel for stored in checkpoint.tensors.values())
         write_card(partial, delta, alpha, sha256=weights_sha256(delta), total=total)
-        _finish(checkpoint, partial)
-        _, _, findings = compared(checkpoint, open_checkpoint(partial), delta, alpha, tick)
+        written = open_checkpoint(partial, checkpoint.config)
+        _, _, findings = compared(checkpoint, written, delta, alpha, tick, without=(CONFIG,))
         if findings:
             raise CircuitError(
                 f"what was written is not {folder} with this delta ({findings[0]}): files changed meanwhile, or the disk "
                 "does not keep what it is given. Nothing is left of it; try again."
             )
+        _finish(checkpoint, partial)
     return out
 
 
 def remove_from(folder: str | Path, delta: Delta, out: str | Path, *, alpha: float | None = None) -> Path:
-    """Write the base, bit for bit, to the new folder `out` from a checkpoint that was edited with this delta.
+    """Write the base to the new folder `out` from a checkpoint that was edited with this delta: the circuit's weights bit
+    for bit, from the delta, all else as `folder` has it.
 
     The model card is not brought back: the edited checkpoint does not hold the base's own.
 
@@ -103,13 +105,14 @@ def remove_from(folder: str | Path, delta: Delta, out: str | Path, *, alpha: flo
     with whole_folder(out) as partial:
         _copy(checkpoint, partial)
         _write(checkpoint, partial, delta, names, delta.base)
-        _finish(checkpoint, partial)
-        own, found = delta.description.base, fingerprint_of_files(open_checkpoint(partial), delta)
+        written = open_checkpoint(partial, checkpoint.config)
+        own, found = delta.description.base, fingerprint_of_files(written, delta, described=checkpoint.folder)
         if found != own.fingerprint:
             raise CircuitError(
                 f"without the delta {folder} has fingerprint {found}, but {own.name} has {own.fingerprint}: weights off the "
                 "circuit were changed too, so what is left is not the base. Nothing was written."
             )
+        _finish(checkpoint, partial)
     return out
 
 
@@ -135,4 +138,7 @@ def _write(checkpoint: Checkpoint, to: Path, delta: Delta, names: Mapping[int, s
 
 
 def _finish(checkpoint: Checkpoint, to: Path) -> None:
+    """Last, when all else is proved: nothing loads a folder without it."""
     shutil.copyfile(checkpoint.folder / CONFIG, to / CONFIG)
+    if read_json(to / CONFIG) != checkpoint.config:
+        raise CircuitError(f"{checkpoint.folder / CONFIG} changed while it was copied. Nothing was written; try again.")

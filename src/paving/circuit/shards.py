@@ -91,10 +91,12 @@ def checkpoint_folder(model: str | Path) -> Path:
         ) from None
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """raises CircuitError for a folder that is no whole checkpoint in safetensors"""
+def open_checkpoint(folder: str | Path, config: Mapping[str, object] | None = None) -> Checkpoint:
+    """config: of a folder that has none yet
+
+    raises CircuitError for a folder that is no whole checkpoint in safetensors"""
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG) if config is None else config
     single, index = folder / SINGLE, folder / INDEX
     # As transformers chooses: the single file is read where both are there.
     if single.is_file():

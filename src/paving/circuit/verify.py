@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -138,12 +138,21 @@ def verify(
 
 
 def compared(
-    base: Checkpoint, edited: Checkpoint, delta: Delta, alpha: float, tick: Callable[[int], None] | None = None
+    base: Checkpoint,
+    edited: Checkpoint,
+    delta: Delta,
+    alpha: float,
+    tick: Callable[[int], None] | None = None,
+    *,
+    without: Collection[str] = (),
 ) -> tuple[tuple[TensorLine, ...], tuple[FileLine, ...], tuple[str, ...]]:
-    """(a line a tensor, a line a file, what contradicts) of two checkpoints that are open. tick as `verify`'s"""
+    """(a line a tensor, a line a file, what contradicts) of two checkpoints that are open. tick as `verify`'s
+
+    without  files that are not there yet, and are not looked at
+    """
     findings: list[str] = []
     tensors = _tensors(base, edited, delta, alpha, findings, tick or (lambda _: None))
-    return tensors, _files(base, edited, findings), tuple(findings)
+    return tensors, _files(base, edited, findings, without), tuple(findings)
 
 
 def _opened(read: Callable, path: Path, findings: list[str]):
@@ -229,7 +238,7 @@ def _sha256(checkpoint: Checkpoint, name: str) -> str | None:
     return digest.hexdigest()
 
 
-def _files(base: Checkpoint, edited: Checkpoint, findings: list[str]) -> tuple[FileLine, ...]:
+def _files(base: Checkpoint, edited: Checkpoint, findings: list[str], without: Collection[str]) -> tuple[FileLine, ...]:
     """Everything but tensors: configurations by their meaning, all else by hash."""
     headers = [{json.dumps(m, sort_keys=True) for m in c.headers.values()} for c in (base, edited)]
     if headers[0] != headers[1]:
@@ -237,7 +246,7 @@ def _files(base: Checkpoint, edited: Checkpoint, findings: list[str]) -> tuple[F
     if base.headers.keys() == edited.headers.keys() and base.index != edited.index:
         findings.append(f"{INDEX}: its metadata differs")
     lines = []
-    for name in sorted(_beside(base) | _beside(edited)):
+    for name in sorted((_beside(base) | _beside(edited)) - set(without)):
         paths = [c.folder / name for c in (base, edited)]
         sums = [file_sha256(path) if path.is_file() else None for path in paths]
         ok = sums[0] == sums[1] or name in INERT
@@ -253,10 +262,15 @@ def _files(base: Checkpoint, edited: Checkpoint, findings: list[str]) -> tuple[F
 
 
 def _beside(checkpoint: Checkpoint) -> set[str]:
-    """Every file of the folder that holds no weights of the checkpoint, by its path in there."""
+    """Every file of the folder that holds no weights of the checkpoint, by its path in there.
+
+    Not what lies in hidden folders: `hf download` keeps notes of its own in .cache, git its history in .git, and nothing is
+    loaded from them.
+    """
     held = {*checkpoint.headers, *([INDEX] if checkpoint.index is not None else [])}
-    found = (p.relative_to(checkpoint.folder).as_posix() for p in checkpoint.folder.rglob("*") if p.is_file())
-    return {name for name in found if name not in held}
+    found = (p.relative_to(checkpoint.folder) for p in checkpoint.folder.rglob("*") if p.is_file())
+    shown = (path for path in found if not any(part.startswith(".") for part in path.parts[:-1]))
+    return {name for path in shown if (name := path.as_posix()) not in held}
 
 
 def _same_meaning(one: Path, other: Path) -> bool:

@@ -4,7 +4,8 @@ from paving.circuit_run import CircuitConfig, edit, evaluate, find
 from paving.run import Means
 
 means = Means.default()
-find(CircuitConfig(pairs="pairs.jsonl", category="legal_opinion", held_out="test.jsonl"), folder, means)
+config = CircuitConfig.of_recipe("selective", pairs="pairs.jsonl", category="legal_opinion", held_out="test.jsonl")
+find(config, folder, means)
 edit(folder, means)
 evaluate(folder, means, against=["inverse", "random"])
 utility(folder, ["gsm8k"], means)

@@ -84,6 +84,14 @@ class CircuitConfig(BaseModel):
     judge: str = "rules"
     seed: int = 0
 
+    @classmethod
+    def of_recipe(cls, recipe: str, **settings: object) -> CircuitConfig:
+        """`published` or `selective`, for these pairs, category and whatever else is given: `paving circuit find --recipe`.
+
+        raises ValueError naming what is allowed
+        """
+        return cls.model_validate(with_recipe(settings, recipe))
+
     @field_validator("judge")
     @classmethod
     def _judge_is_known(cls, line: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -114,7 +115,7 @@ def evaluate(
         decoding=config.decoding.model_dump(),
         pairs={"train": len(train), "calibration": len(calibration), "held_out": len(sets[0].prompts)},
         ood=sources,
-        deltas={name: str(path) for name, (path, _) in further.items()},
+        deltas={name: os.path.relpath(path, folder.resolve()) for name, (path, _) in further.items()},
         left_out=left_out,
         over_refusal_limit=config.strength.limit,
         owners_alpha=by_limit is None or by_limit.strength != delta.alpha,
@@ -189,9 +190,10 @@ def further_deltas(folder: Path, deltas: Sequence[Path], means: Means) -> dict[s
     with suppress(FileNotFoundError, ValueError):
         earlier = PolicyMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8")).deltas
     paths = {}
-    for name, path in earlier.items():
-        if Path(path).exists():
-            paths[name] = Path(path)
+    for name, kept in earlier.items():
+        path = (folder.resolve() / kept).resolve()
+        if path.exists():
+            paths[name] = path
         else:
             means.say(f"left out: the row {name}, whose delta {path} is gone")
     for path in (d.resolve() for d in deltas):

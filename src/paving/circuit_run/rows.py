@@ -28,6 +28,7 @@ from paving.steering.weight_steering import WeightSteering, fit_weight_steering
 
 At = Callable[[float], Intervention]
 GAPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the distance between compliance and refusal, for AS and CAST
+FINER_GAPS = (0.01, 0.02, 0.03, 0.04)  # for AS, which has no condition: a twentieth of the way refuses benign prompts, too
 
 WS_ALPHAS = (0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # every weight moves: less does as much
 
@@ -81,7 +82,7 @@ def _activation_steering(
     backbone: Backbone, config: CircuitConfig, train: Sequence[Pair], folder: Path, means: Means
 ) -> Fitted:
     fitted = fit_activation_steering(backbone, _texts(train), openings_of(config), _behaviour(config))
-    return Fitted(lambda s: replace(fitted, strength=s), _of_the_gap(fitted.behaviour.gaps.values()))
+    return Fitted(lambda s: replace(fitted, strength=s), _of_the_gap(fitted.behaviour.gaps.values(), (*FINER_GAPS, *GAPS)))
 
 
 def _conditional_steering(
@@ -110,9 +111,9 @@ def _texts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
     return [(p.harmful, p.benign) for p in pairs]
 
 
-def _of_the_gap(gaps: Iterable[float]) -> tuple[float, ...]:
+def _of_the_gap(gaps: Iterable[float], shares: Iterable[float] = GAPS) -> tuple[float, ...]:
     found = list(gaps)
-    return tuple(share * sum(found) / len(found) for share in GAPS)
+    return tuple(share * sum(found) / len(found) for share in shares)
 
 
 COMPARATORS = (

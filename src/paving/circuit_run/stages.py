@@ -14,12 +14,15 @@ from paving.backbone import Backbone
 from paving.backbone.projections import ffn_outputs
 from paving.circuit import edges
 from paving.circuit.attribution import attribute
+from paving.circuit.base_files import why_not_exported
 from paving.circuit.delta import Delta, check_alpha, make_delta
 from paving.circuit.delta_files import load_delta, save_delta
+from paving.circuit.edges.graph import taken_apart
 from paving.circuit.mask import Mask, choose
 from paving.circuit.objective import Objective, objective, references
 from paving.circuit.pairs import Pair
 from paving.circuit.slices import CircuitEdit, SliceDelta, check_off_circuit, off_circuit
+from paving.circuit.token_pairs import pair_batches, token_pairs
 from paving.circuit_run.config import CircuitConfig
 from paving.circuit_run.folder import load_circuit, open_circuit_run, read_circuit_config, save_circuit
 from paving.circuit_run.inputs import (
@@ -54,13 +57,14 @@ def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
     if config.held_out is not None:
         held_out_sets(config, {})  # not after hours of training
     backbone = means.load(config.model, config.dtype)
+    read = train[: config.attributed]
+    if not (folder / "config.json").exists():
+        check_base(backbone, config, read, means)  # before there is a folder that belongs to a configuration that fails
     open_circuit_run(config, folder)
     record_split(config, folder, means)
     if (folder / "circuit.json").exists():
         means.say(f"the circuit in {folder} is found; nothing to do")
         return load_circuit(folder, backbone.fingerprint)[0]
-    choose(nothing_scored(backbone, config), config.attribution.reading, config.fraction, scope=config.scope)
-    read = train[: config.attributed]
     j = objective(references(backbone, read, phrases, kind=config.reference, seed=config.seed))
     scores = attribute(backbone, read, j, config.attribution, means.stage("attribution (pairs)", len(read)))
     find_edges(backbone, config, read, j, folder, means)
@@ -132,6 +136,19 @@ def check_enough(calibration: int, limit: float) -> None:
             f"{calibration} calibration pairs cannot show over-refusal of at most {limit:.1%}; {enough}. Set aside more "
             "(calibration in --config), or allow more (strength.limit there): at 1.0 any α does, and --alpha chooses."
         )
+
+
+def check_base(backbone: Backbone, config: CircuitConfig, read: Sequence[Pair], means: Means) -> None:
+    """raises CircuitError or BackboneError for what this configuration cannot do with this model, before anything is
+    measured; says where its edit could not be exported."""
+    choose(nothing_scored(backbone, config), config.attribution.reading, config.fraction, scope=config.scope)
+    for _ in pair_batches(backbone, token_pairs(backbone, read), config.attribution.batch_size):
+        pass  # each prompt fits the context
+    if config.edges is not None:
+        taken_apart(backbone)
+    hindrance = why_not_exported(backbone)
+    if hindrance is not None:
+        means.say(f"an edit of this base stays in memory, it cannot be written into a checkpoint: {hindrance}")
 
 
 # --- the stages -------------------------------------------------------------------------------------------------

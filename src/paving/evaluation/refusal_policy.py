@@ -85,7 +85,7 @@ class PolicyMetrics(Record):
     owners_alpha        whether the edit's α is its owner's, and not the one that the limit chooses
     touched             share of the parameters
     ood                 name of a set of further prompts -> file or dataset
-    deltas              name of a row -> folder of the further delta that it measures
+    deltas              name of a row -> folder of the further delta that it measures, seen from the run's
     left_out            held-out prompts that stand among the run's own pairs, and were not asked
     """
 
