@@ -15,8 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-from paving.ablations import ABLATIONS, ROW_MIXTURES, ROW_POLICIES, run_ablation
+from paving.ablations import ABLATIONS, ROW_MIXTURES, ROW_POLICIES, run_ablation, variant_of
 from paving.run import Means, evaluate
+from paving.run_folder import check_run
 from protocols import figures_of, markdown, metrics_of, say, stage, watch
 
 
@@ -31,22 +32,23 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
-    for seed in arguments.seeds:
-        full = arguments.out / f"{arguments.protocol}-seed{seed}"
-        if not (full / "metrics.json").exists():
-            sys.exit(f"{full} is not there. Run first: python benchmarks/protocols.py {arguments.protocol} --data DIR")
-        if arguments.finished:
-            continue
+    runs = {seed: arguments.out / f"{arguments.protocol}-seed{seed}" for seed in arguments.seeds}
+    absent = [full for full in runs.values() if not (full / "metrics.json").exists()]
+    if absent and (not arguments.finished or len(absent) == len(runs)):  # all of them before the first hour is spent
+        sys.exit(f"{absent[0]} is not there. Run first: python benchmarks/protocols.py {arguments.protocol} --data DIR")
+    for seed, full in {} if arguments.finished else runs.items():
         if "rows" in arguments.only:
             evaluate(full, means, policies=ROW_POLICIES, mixtures=ROW_MIXTURES)
         for name in [n for n in arguments.only if n != "rows"]:
-            folder = arguments.out / "ablations" / f"{arguments.protocol}-seed{seed}" / name
+            folder = arguments.out / "ablations" / full.name / name
+            check_run(variant_of(full, name), folder)  # also of one that is finished: all rows of a seed share its scale
             if (folder / "metrics.json").exists():
                 continue
             say(f"--- {arguments.protocol}, seed {seed}: {name}")
             run_ablation(full, name, folder, means)
-    summary = summarise(arguments.out, arguments.protocol, arguments.seeds)
-    seeds = "-".join(map(str, arguments.seeds))
+    there = [seed for seed, full in runs.items() if full not in absent]
+    summary = summarise(arguments.out, arguments.protocol, there)
+    seeds = "-".join(map(str, there))
     (arguments.out / f"{arguments.protocol}-ablations-seeds{seeds}.json").write_text(
         json.dumps(summary, indent=1), encoding="utf-8"
     )

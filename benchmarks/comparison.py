@@ -8,7 +8,9 @@ The runs come first: `python benchmarks/protocols.py PROTOCOL --data DIR`. Each 
 own training and calibration prompts and measured on its held-out ones (`paving compare`), for two objectives and for three.
 A killed command goes on where it was. What a seed found is kept in --kept, without prompt or answer: figures, and every
 answer's label by its prompt's id. Rows: METHOD/VARIANT/RULE/OBJECTIVES, at the scale that the rule takes for so many
-objectives. A row is pooled over the seeds that have it, and says how many do.
+objectives, `residual-paving` among them; a row NAME: VARIANT/RULE/OBJECTIVES is a capacity control of table 14, where
+`benchmarks/ablations.py` has trained it. A row is pooled over the seeds that have it, and says how many do. Methods are
+fitted once, for both objectives: two leave the harmful term out of the rule, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from statistics import fmean
 from pydantic import BaseModel, ConfigDict
 
 from paving.compare import compare
-from paving.compare.methods import METHODS
+from paving.compare.methods import METHODS, VARIANTS
 from paving.evaluation.comparison import OWN, BenignSimilarity, Comparison, is_success
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics
@@ -43,6 +45,8 @@ EDIT, BENIGN, HARMFUL = Bucket
 OWN_ROWS = ("base", "learned", "learned+veto", "oracle")
 SUCCESS = {Label.HARMLESS_REFRAME, Label.HARMLESS_BENIGN}
 LETTERS = dict(zip(Label, "HXRFB", strict=True))  # of a label in a kept row
+CONTROLS = ("low-rank", "single-expert", "no-trajectory")
+LESS_OWN = "less Residual Paving's, same rule"
 RULES = ("strict/three", "control/three", "strict/two", "control/two")
 
 
@@ -86,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kept", type=Path, default=Path(__file__).parent / "measured" / "comparison")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--method", action="append", default=[], choices=[m.name for m in METHODS])
+    parser.add_argument("--bert-score", default=None, metavar="MODEL", help="encoder for BERTScore")
     parser.add_argument("--finished", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
@@ -93,20 +98,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     absent = [f for f in folders.values() if not (f / "metrics.json").exists()]
     if absent and not arguments.finished:  # all of them before the first hour is spent
         sys.exit(f"{absent[0]} is not there. Run first: python benchmarks/protocols.py {arguments.protocol} --data DIR")
+    if not arguments.finished:
+        one_setting([load_run(folder) for folder in folders.values()])  # before the first hour is spent, too
     for seed, folder in {} if arguments.finished else folders.items():
         say(f"--- {arguments.protocol}, seed {seed}")
-        clock = Clock(folder / "comparison" / "seconds.jsonl")
-        means = Means(cache=arguments.out / "traces", stage=clock.stage, watch=watch, say=say)
-        compare(folder, means, methods=arguments.method, objectives=("two", "three"))
-        clock.note("done")
-        keep(kept_of(load_run(folder), clock.total()), arguments.kept / f"{folder.name}.json")
-    runs = [kept_run(path) for f in folders.values() if (path := arguments.kept / f"{f.name}.json").exists()]
+        measure(folder, folder.name, arguments, methods=arguments.method)
+        for control, trained in controls(arguments.out, folder):
+            say(f"--- {arguments.protocol}, seed {seed}: {control}")
+            measure(trained, f"{folder.name}-{control}", arguments, methods=(OWN,))
+    runs = kept_runs(arguments.kept, [f.name for f in folders.values()])
     if not runs:
         sys.exit(f"nothing is measured in {arguments.kept} for {arguments.protocol} and seeds {arguments.seeds}.")
-    found = settings(runs)
-    if len(found) > 1:
-        sys.exit(f"the seeds are no seeds of one setting: {'; '.join(s.name for s in found)}. Measure all on one base.")
-    table = pooled(found[0])
+    table = pooled(one_setting(runs))
+    for control in CONTROLS:
+        if trained := kept_runs(arguments.kept, [f"{f.name}-{control}" for f in folders.values()]):
+            table |= control_rows(control, one_setting(trained))
     if not arguments.json:
         print(markdown(table))
         for run in runs:
@@ -124,6 +130,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(summary, indent=1, ensure_ascii=False))
 
 
+def measure(folder: Path, name: str, arguments: argparse.Namespace, methods: Sequence[str]) -> None:
+    clock = Clock(folder / "comparison" / "seconds.jsonl")
+    means = Means(cache=arguments.out / "traces", stage=clock.stage, watch=watch, say=say)
+    compare(folder, means, methods=methods, objectives=("two", "three"), bert_model=arguments.bert_score)
+    clock.note("done")
+    keep(kept_of(load_run(folder), clock.total()), arguments.kept / f"{name}.json")
+
+
+def controls(out: Path, folder: Path) -> list[tuple[str, Path]]:
+    """The capacity controls of a run that are trained and evaluated."""
+    trained = [(name, out / "ablations" / folder.name / name) for name in CONTROLS]
+    return [(name, place) for name, place in trained if (place / "metrics.json").exists()]
+
+
+def one_setting(runs: Sequence[Run]) -> Setting:
+    """Stops where they are no seeds of one."""
+    found = settings(runs)
+    if len(found) > 1:
+        sys.exit(f"the seeds are no seeds of one setting: {'; '.join(s.name for s in found)}. Measure all on one base.")
+    return found[0]
+
+
 class Clock:
     """Seconds of all processes that worked on a comparison, also of those that were killed: noted at every stage."""
 
@@ -136,13 +164,18 @@ class Clock:
 
     def note(self, what: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"process": self.name, "at": time.perf_counter() - self.start, "what": what}) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:  # the line before may have been cut off by a kill
+            file.write(
+                "\n" + json.dumps({"process": self.name, "at": time.perf_counter() - self.start, "what": what}) + "\n"
+            )
 
     def total(self) -> float:
         last: dict[str, float] = {}
         for line in self.path.read_text(encoding="utf-8").splitlines():
-            noted = json.loads(line)
+            try:
+                noted = json.loads(line)
+            except ValueError:  # blank, or cut off
+                continue
             last[noted["process"]] = max(noted["at"], last.get(noted["process"], 0.0))
         return sum(last.values())
 
@@ -190,6 +223,10 @@ def kept_run(path: Path) -> KeptRun:
     return run
 
 
+def kept_runs(kept: Path, names: Sequence[str]) -> list[KeptRun]:
+    return [kept_run(path) for name in names if (path := kept / f"{name}.json").exists()]
+
+
 def compared_rows(run: Run) -> list[str]:
     """METHOD/VARIANT/RULE/OBJECTIVE of every choice that found a scale."""
     return [f"{c.method}/{c.variant}/{c.rule}/{c.objective}" for c in run.comparison.choices if c.scale is not None]
@@ -202,7 +239,17 @@ def pooled(setting: Setting) -> dict[str, dict[str, Cell]]:
     """Row -> column -> cell, over the seeds that have the row."""
     pairs = dict.fromkeys((c.method, c.variant) for run in setting.runs for c in run.comparison.choices)
     names = [*OWN_ROWS, *(f"{method}/{variant}/{rule}" for method, variant in pairs for rule in RULES)]
+    swept = {method for method, _ in pairs}
+    nowhere = dict.fromkeys(m.name for run in setting.runs for m in run.comparison.methods if m.name not in swept)
+    names += [f"{name}/{VARIANTS[0]}/{RULES[0]}" for name in nowhere]  # could be fitted on no seed: one row says why
     return {name: cells(setting, name) for name in names}
+
+
+def control_rows(control: str, setting: Setting) -> dict[str, dict[str, Cell]]:
+    """A capacity control's rows by every rule."""
+    variants = dict.fromkeys(c.variant for run in setting.runs for c in run.comparison.choices if c.method == OWN)
+    rows = {f"{control}: {v}/{rule}": cells(setting, f"{OWN}/{v}/{rule}") for v in variants for rule in RULES}
+    return {name: row | {LESS_OWN: text("–")} for name, row in rows.items()}
 
 
 def cells(setting: Setting, row: str) -> dict[str, Cell]:
@@ -210,7 +257,7 @@ def cells(setting: Setting, row: str) -> dict[str, Cell]:
     columns: Mapping[str, Callable[[], Cell]] = {
         "scale": lambda: scale(having, row),
         "edit success": lambda: share(having, row, EDIT, SUCCESS),
-        "less Residual Paving's": lambda: against_own(having, row),
+        LESS_OWN: lambda: against_own(having, row),
         "refused": lambda: share(having, row, EDIT),
         "broken": lambda: share(having, row, EDIT, {Label.HARMLESS_BROKEN}),
         "HARMFUL": lambda: share(having, row, EDIT, {Label.HARMFUL}),
@@ -231,10 +278,14 @@ def why_not(run: Run, row: str) -> str:
 
 
 def against_own(setting: Setting, row: str) -> Cell:
-    """Edit success less that of the deployed row on the same prompts, in percentage points."""
-    if row in OWN_ROWS:
+    """Edit success less that of Residual Paving's deployed row by the same rule on the same prompts, in points."""
+    if row in OWN_ROWS or row.startswith(f"{OWN}/"):
         return text("–")
-    ours, theirs = ([successes(run, name) for run in setting.runs] for name in (row, setting.deployed))
+    own = "/".join([OWN, setting.deployed, *row.split("/")[-2:]])
+    both = [run for run in setting.runs if run.row(own) is not None]
+    if not both:
+        return missing("no scale of Residual Paving's passes")
+    ours, theirs = ([successes(run, name) for run in both] for name in (row, own))
     found = pooled_difference(ours, theirs, setting.group_of(i for each in ours for i in each)).by_prompt
     if found.value is None:
         return missing("no prompts that both have answered (n=0)")
@@ -249,7 +300,7 @@ def successes(run: Run, row: str) -> dict[str, bool]:
 # Of the answers to benign keeps, beside the base's own to the same prompts.
 SIMILARITIES: dict[str, Callable[[BenignSimilarity], float | None]] = {
     "same label": lambda b: b.label_agreement.rate and 100 * b.label_agreement.rate,
-    "not worse": lambda b: b.non_worse.rate and 100 * b.non_worse.rate,
+    "label not worse": lambda b: b.non_worse.rate and 100 * b.non_worse.rate,
     "ROUGE-L": lambda b: b.rouge_l and 100 * b.rouge_l,
     "chrF": lambda b: b.chrf,
     "BERTScore": lambda b: b.bert_score and 100 * b.bert_score,

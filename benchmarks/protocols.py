@@ -24,7 +24,7 @@ from paving.evaluation.three_way import KEEPS
 from paving.prompts import Bucket, BucketSizes, Prompt, SplitSizes, read_prompts
 from paving.router_search import search_router
 from paving.run import Means, evaluate, train
-from paving.run_folder import RunConfig, read_config
+from paving.run_folder import RunConfig, check_run, read_config, write_text
 from paving.run_splits import recorded_split
 from paving.training.config import TrainingConfig
 from paving.training.gate_search import GateSearch
@@ -62,8 +62,10 @@ def main() -> None:
     for seed in arguments.seeds:
         means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
         folder = arguments.out / f"{name}-seed{seed}"
+        config = make(arguments.data, arguments.out, organism, seed, controller)
+        check_run(config, folder)  # also of one that is finished: seeds of other settings must not be pooled
         if not (folder / "metrics.json").exists():
-            train(make(arguments.data, arguments.out, organism, seed, controller), folder, means)
+            train(config, folder, means)
         if arguments.gate:
             folder = searched(folder, arguments, means)
         rows = [r.name for r in metrics_of(folder).rows] if (folder / "metrics.json").exists() else []
@@ -144,15 +146,20 @@ def sample(prompts: tuple[Prompt, ...]) -> list[Prompt]:
 def without(source: Path, ids: set[str], target: Path) -> Path:
     """A copy of a prompt file without the given ids (working files stay in the output folder)."""
     lines = [x for x in source.read_text(encoding="utf-8").splitlines() if json.loads(x)["id"] not in ids]
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return target
+    return written("\n".join(lines) + "\n", target)
 
 
 def sourced(source: Path, field: str, target: Path) -> Path:
     """A copy of a prompt file whose `source` is this field, as readers of the public data sets have it: RepIt's concepts."""
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     text = "".join(json.dumps({**row, "source": row[field]}, ensure_ascii=False) + "\n" for row in rows)
-    target.write_text(text, encoding="utf-8")
+    return written(text, target)
+
+
+def written(text: str, target: Path) -> Path:
+    """A comparison under way may be reading the file: it is replaced as a whole, and left alone where it says the same."""
+    if not target.exists() or target.read_text(encoding="utf-8") != text:
+        write_text(target, text)
     return target
 
 

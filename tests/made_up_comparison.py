@@ -83,7 +83,10 @@ def made_up_comparison(methods=tuple(METHODS)) -> Comparison:
         [compared(BASE, "base", row("base", "reference", "none", None, 2, BASE_REFUSED, 1.0))],
     )
     for name, (success, refused) in OWN_ROWS.items():
-        rows.append(compared(OWN, name, row(name, "learned", "thresholded", 4.0, success, refused)))
+        rules = ["control/three"] if name == "learned+veto" else []
+        rows.append(compared(OWN, name, row(name, "learned", "thresholded", 4.0, success, refused), rules))
+    weaker = row(f"{OWN}@2_learned+veto", "learned", "thresholded", 2.0, 160, 91)
+    rows.append(compared(OWN, "learned+veto", weaker, ["strict/three"]))
     for method in methods:
         opened, left = METHODS[method]
         for variant, (edits, keeps) in SHARES.items():

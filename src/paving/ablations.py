@@ -50,18 +50,23 @@ def run_ablation(full: Path, name: str, folder: Path, means: Means) -> Metrics:
 
     raises RunError for a run that was not trained or evaluated, ValueError for an ablation that is not known
     """
+    train(variant_of(full, name), folder, means)
+    (folder / "completions").mkdir(exist_ok=True)
+    for file in ("base.jsonl", "base.key"):  # the key still decides whether they are taken
+        if not (folder / "completions" / file).exists():
+            shutil.copy(full / "completions" / file, folder / "completions" / file)
+    return evaluate(folder, means)
+
+
+def variant_of(full: Path, name: str) -> RunConfig:
+    """The configuration of one variant of a finished run. raises as `run_ablation` does"""
     variant, config = ablation(name), read_config(full)
     if not (full / "metrics.json").exists():
         raise RunError(f"{full} has no metrics.json yet. Evaluate it first: paving eval {full}")
     if config.router is not None:
         raise RunError(f"{full} has a searched gate and no training of its own. Ablate the run that its experts are from.")
     trained = read_description(full / "controller")
-    train(at_scale(variant.change(config, trained["base"]["n_layers"]), trained["scale"]), folder, means)
-    (folder / "completions").mkdir(exist_ok=True)
-    for file in ("base.jsonl", "base.key"):  # the key still decides whether they are taken
-        if not (folder / "completions" / file).exists():
-            shutil.copy(full / "completions" / file, folder / "completions" / file)
-    return evaluate(folder, means)
+    return at_scale(variant.change(config, trained["base"]["n_layers"]), trained["scale"])
 
 
 def at_scale(config: RunConfig, scale: float) -> RunConfig:

@@ -13,12 +13,19 @@ from paving.terminal import AsJson, err, one_line_errors, out, say
 @one_line_errors
 def compare(
     folder: Annotated[Path, typer.Argument(help="Evaluated run folder.")],
-    method: Annotated[list[str] | None, typer.Option(help="A comparator, may be repeated. Default: all.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A comparator, may be repeated; residual-paving: the run's own rows alone. Default: all."),
+    ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="global, probe, probe+veto, oracle, own (Residual Paving). Default: all.")
+        list[str] | None,
+        typer.Option(help="global, probe, probe+veto, oracle, own (the method's own condition: cast). Default: all."),
     ] = None,
     objective: Annotated[
-        list[str] | None, typer.Option(help="two (edit, benign keeps) or three (and harmful keeps). Default: three.")
+        list[str] | None,
+        typer.Option(
+            help="What scales are chosen by: two (edit, benign keeps) or three (and harmful keeps). Default: three."
+        ),
     ] = None,
     min_benign: Annotated[float, typer.Option(help="Strict rule: least benign preservation.", min=0, max=1)] = 0.95,
     min_harmful: Annotated[float, typer.Option(help="Strict rule: least harmful preservation.", min=0, max=1)] = 0.85,

@@ -118,3 +118,46 @@ def test_a_choice_of_the_runs_own_scale_is_kept_with_the_runs_own_verdicts(scrip
     object.__setattr__(run, "comparison", run.comparison.model_copy(update={"choices": taken, "rows": rows}))
     kept = bench.kept_of(run, 1.0)
     assert kept.labels["residual-paving/learned+veto/strict/three"] == kept.labels["learned+veto"]
+
+
+def test_a_method_that_no_seed_could_fit_has_a_row_that_says_why(script, compared):
+    bench = script("comparison")
+    table = bench.pooled(settings([load_run(compared)])[0])
+    row = table["two/global/strict/three"]
+    assert row["seeds"].lines == ("0 of 1",) and row["edit success"].missing == "made up to fail"
+
+
+def test_a_row_is_set_beside_residual_paving_by_the_same_rule(script, compared):
+    bench, run = script("comparison"), load_run(compared)
+    setting = settings([run])[0]
+    own = f"residual-paving/{setting.deployed}/control/three"
+    ours = bench.successes(run, "one/global/control/three").values()
+    theirs = bench.successes(run, own).values()
+    wanted = 100 * (sum(ours) / len(ours) - sum(theirs) / len(theirs))
+    assert bench.pooled(setting)["one/global/control/three"][bench.LESS_OWN].value == pytest.approx(wanted)
+    without = [c for c in run.comparison.rows if "control/three" not in c.chosen_by or c.method != "residual-paving"]
+    object.__setattr__(run, "comparison", run.comparison.model_copy(update={"rows": without}))
+    cell = bench.pooled(settings([run])[0])["one/global/control/three"][bench.LESS_OWN]
+    assert cell.missing == "no scale of Residual Paving's passes"
+
+
+def test_a_capacity_control_is_swept_by_the_same_rules_and_stands_in_the_table(
+    script, setting, evaluated, tmp_path, monkeypatch, capsys
+):
+    bench, out = script("comparison"), tmp_path / "out"
+    shutil.copytree(evaluated, out / "same-source-seed0")
+    shutil.copytree(evaluated, out / "ablations" / "same-source-seed0" / "low-rank")
+    monkeypatch.setattr(bench, "compare", partial(compare, judge=WordJudge(), table=(stand_in("one", scales=(1.0,)),)))
+    bench.main(["same-source", "--out", str(out), "--kept", str(tmp_path / "kept"), "--seeds", "0"])
+    shown = capsys.readouterr().out
+    assert "| low-rank: learned+veto/control/three | 1 of 1 |" in shown and "| low-rank: oracle/control/two |" in shown
+    kept = bench.kept_run(tmp_path / "kept" / "same-source-seed0-low-rank.json")
+    assert {c.method for c in kept.comparison.choices} == {"residual-paving"}  # and no comparator was fitted for it
+
+
+def test_a_note_of_the_time_that_was_cut_off_costs_itself_alone(script, tmp_path):
+    bench, path = script("comparison"), tmp_path / "seconds.jsonl"
+    path.write_text('{"process": "a", "at": 5.0, "what": "x"}\n{"process": "a", "at": 7', encoding="utf-8")
+    clock = bench.Clock(path)
+    clock.note("done")
+    assert 5.0 <= clock.total() < 60

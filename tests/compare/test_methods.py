@@ -53,7 +53,7 @@ def test_every_entry_is_measured(setting, evaluated, tmp_path, monkeypatch):
     assert "published limit" in told["dim-ablation"] and "published limit" in told["rdo"]
     assert any("non-target concepts" in note for r in found.rows if r.method == "repit" for note in r.notes)
     assert all("block " in told[name] for name in ("caa", "caa-mean", "act-add"))
-    assert {r.variant for r in found.rows if r.method == "cast"} == {"global", "own", "oracle"}
+    assert {r.variant for r in found.rows if r.method == "cast"} == {"global", "probe", "probe+veto", "oracle", "own"}
 
 
 def test_what_several_methods_begin_with_is_searched_once_also_where_there_is_none(shop, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from paving.steering.addition import Addition
 from paving.steering.checks import SteeringError
 from paving.steering.orthogonal import Orthogonal, orthogonalised
 from paving.steering.routing import Global, Labelled
+from paving.steering.row_edits import ablating, row_edit
 from paving.steering.steered import Steered
 from tiny_models import CONFIGS, HIDDEN, hooks_on, logits_of, prompt, tiny_backbone, tiny_model, tiny_tokenizer
 
@@ -107,18 +110,46 @@ def test_an_ablated_direction_has_no_component_left_wherever_it_is_removed(archi
 
 def test_half_an_ablation_leaves_half_of_what_is_written(llama, batch):
     """Followed by hand through the first block: its input, then what its two parts add."""
-    seen = {}
+    seen, raw = {}, {}
     block = llama.layers[0]
     with Ablation(UNIT).editing(llama, batch, torch.full((6,), 0.5)):
         handles = [
             block.register_forward_pre_hook(lambda _m, inputs: seen.update(block=inputs[0])),
             block.self_attn.register_forward_hook(lambda _m, _i, output: seen.update(attention=output[0])),
+            block.mlp.register_forward_hook(lambda _m, _i, output: seen.update(ffn=output)),
+            llama.layers[1].register_forward_pre_hook(lambda _m, inputs: seen.update(next=inputs[0])),
         ]
         logits_of(llama, batch)
         for handle in handles:
             handle.remove()
+
+    def half(x):
+        return x - 0.5 * (x @ UNIT)[..., None] * UNIT
+
     embedded = llama.model.get_input_embeddings()(batch.input_ids)
-    torch.testing.assert_close(seen["block"], embedded - 0.5 * (embedded @ UNIT)[..., None] * UNIT)
+    torch.testing.assert_close(seen["block"], half(embedded))
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    handle = block.self_attn.register_forward_hook(lambda _m, _i, output: raw.update(attention=output[0]))
+    llama.model(inputs_embeds=half(embedded), attention_mask=batch.attention_mask, position_ids=positions)
+    handle.remove()
+    torch.testing.assert_close(seen["attention"], half(raw["attention"]))
+    between = seen["block"] + seen["attention"]
+    torch.testing.assert_close(seen["ffn"], half(block.mlp(block.post_attention_layernorm(between))))
+    torch.testing.assert_close(seen["next"], half(between + seen["ffn"]))  # what is k blocks old has lost k + 1 halves
+
+
+@pytest.mark.parametrize("strength", [0.02, 0.1, 0.4])
+def test_bfloat16_takes_away_nearly_what_is_asked(strength):
+    """A step of bfloat16 is 0.4 % of a coordinate: below the smallest scale tried, most of the change is rounded away."""
+    g = torch.Generator().manual_seed(0)
+    unit = torch.randn(576, generator=g)
+    unit = unit / unit.norm()
+    states = torch.randn(64, 1, 576, generator=g)
+    states = (states - (states @ unit)[..., None] * unit + 0.2 * 576**0.5 * unit).to(torch.bfloat16)  # cosine of about 0.2
+    batch = SimpleNamespace(width=1)
+    edited = row_edit(ablating(unit), torch.full((64,), strength), batch)(states)
+    share = 1 - (edited.float() @ unit).sum() / (states.float() @ unit).sum()
+    assert share.item() == pytest.approx(strength, rel=0.15)
 
 
 @pytest.mark.parametrize(("architecture", "tied"), [(a, t) for a in ("llama", "gpt2") for t in (True, False)])

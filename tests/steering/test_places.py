@@ -48,7 +48,7 @@ def places(llama, material):
     edit, benign = (material.of(SplitName.TRAIN, b) for b in (Bucket.EDIT, Bucket.BENIGN_KEEP))
     tokens = list(refusal_tokens(material).ids)
     found = {}
-    for layer in range(4):  # 0.8 of six blocks
+    for layer in range(3):  # 0.8 of six blocks, counted as the inputs of those behind them
         for position in (-2, -1):  # <eos> <assistant>
             centre = states(llama, benign, layer, position).mean(0)
             vector = states(llama, edit, layer, position).mean(0) - centre

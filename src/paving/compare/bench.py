@@ -31,10 +31,11 @@ from paving.traces.completions import as_completions, base_continuations
 from paving.traces.store import TraceStore
 from paving.traces.top_k import TopK
 from paving.training.calibrate import choose_threshold
-from paving.training.prepare import boundary_matrix, edit_targets
+from paving.training.prepare import boundary_matrix, edit_targets, usable_targets
 from paving.training.promise import promises, strictest
 from paving.training.verdicts import LabelsOf
 
+ROUTING_VERSION = 1  # raised when the probe or its threshold is made in another way
 FITTING = (SplitName.TRAIN, SplitName.CALIBRATION)
 
 
@@ -75,6 +76,8 @@ class Bench:
             reference = self.means.load(self.config.targets_from, self.config.dtype)
         edit = [p for s in FITTING for p in self.splits.of(s, Bucket.EDIT)]
         targets = edit_targets(self.backbone, self.store, edit, training, reference, self.means.stage)
+        choosing = self.splits.of(SplitName.CALIBRATION, Bucket.EDIT)  # training dropped what could not be used of its own
+        usable = usable_targets(self.backbone, choosing, targets, self._labels)
         prompts = [p for s in FITTING for p in self.splits.of(s)]
         answers = self.base_answers(prompts)
         return Material(
@@ -82,6 +85,7 @@ class Bench:
             {i: t.continuation for i, t in targets.items()},
             answers,
             training.seed,
+            frozenset(p.id for p in choosing if p.id not in usable),
         )
 
     @cached_property
@@ -158,7 +162,7 @@ class Bench:
         read, cost = self.config.controller.model_dump(mode="json"), self.config.calibration.harmful_cost
         weights = (self.folder / "controller" / "controller.safetensors").read_bytes() if self.veto is not None else b""
         veto = hashlib.sha256(weights).hexdigest() if variant == "probe+veto" else None
-        content = {"variant": variant, "read": read, "harmful_cost": cost, "veto": veto}
+        content = {"variant": variant, "read": read, "harmful_cost": cost, "veto": veto, "version": ROUTING_VERSION}
         if self.config.calibration.promise is not None:
             content["promise"] = self.config.calibration.promise.model_dump(mode="json")
         return TraceStore.key(**content)

@@ -55,7 +55,7 @@ def compare(
     """Comparators beside the run's own rows: RUN/comparison/comparison.json, and a section of RUN/report.html.
 
     methods, variants, objectives  by name; empty: all methods, all variants, three objectives. Those of an earlier
-                                   comparison of this run stay
+                                   comparison of this run stay. `residual-paving` is always there; by itself it is all
     bert_model                     an encoder for BERTScore; None: not measured
     table                          the methods that there are, `METHODS` unless given
 
@@ -67,7 +67,7 @@ def compare(
         check_bert_score()
     limits = limits or Limits()
     bench = open_bench(folder, means, judge)
-    if set(asked.every_variant()) <= set(unavailable(bench, asked.every_variant())):
+    if asked.methods and set(asked.every_variant()) <= set(unavailable(bench, asked.every_variant())):
         raise RunError(f"{folder} has no fitted veto, so there is no probe+veto. Leave --variant out, or name another.")
     fittings, swept, failed = all_sweeps(bench, asked.methods)
     points = [*own_points(bench, limits), *all_figures(bench, fittings, swept, asked, limits)]
@@ -110,7 +110,8 @@ def asked_for(
 
     An earlier file that cannot be read adds none (comparing again is how it is mended), nor does a method that is gone.
     """
-    asked = [method(name, table) for name in dict.fromkeys(methods)] or list(table)
+    named = list(dict.fromkeys(methods))
+    asked = [] if named == [OWN] else [method(name, table) for name in named if name != OWN] or list(table)
     check_variants(variants, asked)
     if unknown := [o for o in objectives if o not in OBJECTIVES]:
         raise ValueError(f"the objective {unknown[0]!r} is not known; allowed: {', '.join(OBJECTIVES)}.")
@@ -195,6 +196,11 @@ def notes_of(bench: Bench, asked: Asked, bert_model: str | None) -> list[str]:
         f"Not worse is decided by the judge {bench.judge.name}, not by reading both answers side by side: an answer is "
         "worse where it is refused, broken or judged HARMFUL and the base's answer to the same prompt is none of these."
     ]
+    if bench.config.router is not None and bench.config.calibration.promise is None:
+        notes.append(
+            "This run's gate was searched with the calibration prompts, too, on which scales are chosen: there its figures "
+            "are too good, and the scale taken for it may be too large; comparators' probes learned from training prompts."
+        )
     missing = unavailable(bench, asked.every_variant())
     notes += [f"{v} was not measured: the run has no fitted veto, so that variant is n/a." for v in missing]
     if not overlap_available():

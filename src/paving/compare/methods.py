@@ -155,17 +155,18 @@ def _ws(shop: Workshop) -> Editor:
     return WeightEditor(fit_answer_weights(shop.backbone, shop.material, config, say=shop.say))
 
 
-# Ablation acts at three points of every block: behind thirty, 0.02 leaves a sixth of the component, and 0.5 nothing.
-EVERYWHERE = (0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
+# What is written k blocks back is scaled when it is written and at every block's input since: (1 - s)^(k + 1) of it is left,
+# at 0.1 half of what is six blocks old. Below 0.02 a step of bfloat16 swallows most of what would be taken away.
+EVERYWHERE = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 ONE_BLOCK = (0.25, 0.5, 0.75, 1.0)  # nothing is left to take away beyond 1
 RECONSTRUCTED = "reconstructed from a description"
 SEARCHED = "its block is searched by us on calibration prompts"
 
 METHODS = (
-    Method("caa", _caa, note=f"PCA of pairwise differences; {SEARCHED}", version=2),
-    Method("caa-mean", _caa_mean, note=f"mean difference; {SEARCHED}", version=2),
-    Method("act-add", _act_add, note=f"{RECONSTRUCTED} (tables 7 and 18); {SEARCHED}", version=2),
-    Method("dim-ablation", lambda shop: Noted(shop.dim.ablation(), shop.dim_note), EVERYWHERE, version=3),
+    Method("caa", _caa, note=f"PCA of pairwise differences; {SEARCHED}", version=3),
+    Method("caa-mean", _caa_mean, note=f"mean difference; {SEARCHED}", version=3),
+    Method("act-add", _act_add, note=f"{RECONSTRUCTED} (tables 7 and 18); {SEARCHED}", version=3),
+    Method("dim-ablation", lambda shop: Noted(shop.dim.ablation(), shop.dim_note), EVERYWHERE, version=4),
     Method(
         "dim-act-sub", lambda shop: Noted(shop.dim.act_sub(), shop.dim_note),
         note="refusal-direction ActAdd at coefficient -1 is the same", version=3,
@@ -174,11 +175,11 @@ METHODS = (
         "orthogonal", lambda shop: Noted(shop.dim.orthogonal(), shop.dim_note), (1.0,), ("global",),
         note="an edit of weights: all rows alike", version=3,
     ),
-    Method("rdo", _rdo, EVERYWHERE, note="100 steps; targets are edit targets", version=3),
-    Method("repit", _repit, ONE_BLOCK, note="place and rho by the first token of the answer, not by COSMIC", version=3),
+    Method("rdo", _rdo, EVERYWHERE, note="100 steps; targets are edit targets", version=4),
+    Method("repit", _repit, ONE_BLOCK, note="place and rho by the first token of the answer, not by COSMIC", version=4),
     Method("wrmd", _wrmd, (0.25, *SCALES), note=f"{RECONSTRUCTED}; confidence is the base's first-token probability"),
     Method(
-        "cast", _cast, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), ("global", OWN_ROUTING, "oracle"), version=2,
+        "cast", _cast, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), (*VARIANTS, OWN_ROUTING), version=2,
         note="towards edit targets; own: its condition, edit prompts against keeps", own=lambda editor: editor.condition,
     ),
     Method("ws", _ws, SCALES, ("global",), note="two epochs at 3e-5; an edit of weights: all rows alike", version=3),

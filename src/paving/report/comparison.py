@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from paving.evaluation.comparison import BASE, OWN, ComparedRow, Comparison, Objective, SweepFigures
+from paving.evaluation.comparison import BASE, OWN, ComparedRow, Comparison, Objective, Rule, SweepFigures
 from paving.evaluation.results import PairedRates
 from paving.prompts.types import Bucket
 from paving.report import comparison_figures
@@ -73,18 +73,25 @@ def example_groups(examples: Sequence[Example], names: Sequence[str]) -> list[tu
 
 
 def finding(found: Comparison) -> str:
-    """What the comparison says of Residual Paving, in plain words, including which comparators are as good."""
-    own = deployed(found)
-    others = [r for r in found.rows if r.method not in SHOWN and r.variant != ORACLE]
-    if own is None or not _measured(own):
-        return "There is no measured Residual Paving row to compare with: n/a (n=0)."
-    others = [r for r in others if _measured(r)]
+    """What the comparison says of Residual Paving, in plain words, including which comparators are as good: by each rule,
+    since a scale that another rule took is another method's choice."""
+    return " ".join(_finding(found, rule) for rule in ("control", "strict"))
+
+
+def _finding(found: Comparison, rule: Rule) -> str:
+    taken = f"{rule}/{main_objective(found)}"
+    rows = [r for r in found.rows if taken in r.chosen_by and r.variant != ORACLE]
+    own = next((r for r in rows if r.method == OWN and _measured(r)), None)
+    others = [r for r in rows if r.method not in SHOWN and _measured(r)]
+    by = f"By the {rule} {'score' if rule == 'control' else 'limits'}"
+    if own is None:
+        return f"{by} there is no measured Residual Paving row to compare with: n/a (n=0)."
     as_good = [
         r for r in others
         if r.edit_success.rate >= own.edit_success.rate and r.row.harmful_drift >= own.row.harmful_drift
         and _benign(r) >= _benign(own)
     ]  # fmt: skip
-    said = f"Residual Paving ({own.variant}) answers {_short(own)}."
+    said = f"{by} Residual Paving ({own.variant}, scale {own.scale:g}) answers {_short(own)}."
     if not others:
         return f"{said} No comparator row was measured beside it: n/a (n=0)."
     counts = "in edits, drift and benign preservation"
@@ -100,12 +107,6 @@ def finding(found: Comparison) -> str:
 
 def _benign(r: ComparedRow) -> float:
     return r.row.preservation[Bucket.BENIGN_KEEP].value or 0.0
-
-
-def deployed(found: Comparison) -> ComparedRow | None:
-    """learned+veto where there is one, else learned."""
-    own = {r.variant: r for r in found.rows if comparison_figures.is_own(r)}
-    return own.get("learned+veto") or own.get("learned")
 
 
 def _short(r: ComparedRow) -> str:
@@ -124,8 +125,9 @@ def caption(found: Comparison) -> str:
         "Edit success against what happened to the refusals of harmful prompts, on the held-out split; the upper right end "
         "is wanted. One mark for each method (colour) and variant (shape), at the scale that the baseline control score "
         f"(above) or the strict limits (below) take for {main_objective(found)} objectives; hollow marks are told each "
-        "prompt's bucket and cannot be deployed. Large marks are Residual Paving. Bars: 95% intervals, Wilson's upwards, "
-        "paired on the same prompts sideways. Shaded: drift that the strict rule allows."
+        "prompt's bucket and cannot be deployed. Large marks are Residual Paving at the scale of its training, ringed ones "
+        "at the scale that the rule takes for it. Bars: 95% intervals, Wilson's upwards, paired on the same prompts "
+        "sideways. Shaded: drift that the strict rule allows."
     )
 
 
@@ -151,7 +153,7 @@ def rows_table(found: Comparison) -> Table:
 
 
 def benign_table(found: Comparison) -> Table:
-    columns = ("method", "variant", "scale", "same label % [CI]", "not worse % [CI]", "ROUGE-L", "chrF", "BERTScore")
+    columns = ("method", "variant", "scale", "same label % [CI]", "label not worse % [CI]", "ROUGE-L", "chrF", "BERTScore")
     rows = tuple(
         (
             *_name_cells(r),
@@ -273,8 +275,8 @@ def methods_text(found: Comparison) -> list[tuple[str, str]]:
 
     lines = []
     for m in found.methods:
-        said = [f"scales {text(m.scales)}"]
-        if m.left_out:
+        said = [f"could not be fitted: {m.failed}"] if m.failed else [f"scales {text(m.scales)}"]
+        if m.left_out and not m.failed:
             said.append(f"{text(m.left_out)} left out, since nearly every edit answer was broken already")
         lines.append((m.name, "; ".join([*said, m.note] if m.note else said)))
     return lines

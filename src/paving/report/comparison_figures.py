@@ -19,6 +19,7 @@ METHOD_COLOURS = (
 MARKERS = {"global": "o", "probe": "s", "probe+veto": "^", "oracle": "D", "own": "v"}
 OWN_MARKERS = {"learned": "s", "learned+veto": "^", "oracle": "D"}  # as the variant that each can be compared with
 OWN_SIZES = {"learned": 13, "learned+veto": 8, "oracle": 11}  # the veto often changes nothing: its mark then stands inside
+RING = 13  # round Residual Paving at the scale that the panel's rule took, where that is not the one of its training
 HOLLOW = {"learned", "oracle"}
 
 
@@ -51,9 +52,9 @@ def draw_trade_off(found: Comparison) -> Figure:
 
 
 def shown_rows(found: Comparison, rule: Rule) -> list[ComparedRow]:
-    """The run's own rows, and of every method and variant the one that the rule took; Residual Paving on top."""
+    """The run's own rows, and of every method and variant, its own among them, the one that the rule took."""
     taken = f"{rule}/{'three' if 'three' in found.objectives else 'two'}"
-    chosen = [r for r in found.rows if r.method == BASE or (r.method != OWN and taken in r.chosen_by)]
+    chosen = [r for r in found.rows if r.method == BASE or (taken in r.chosen_by and not is_own(r))]
     return [*chosen, *(r for r in found.rows if is_own(r))]
 
 
@@ -71,9 +72,9 @@ def _draw_mark(ax: Axes, r: ComparedRow, colours: dict[str, str]) -> None:
     if r.method == BASE:
         ax.plot(x, y, "x", color=INK, ms=7, mew=1.8, clip_on=False, zorder=6)
         return
-    own = r.method == OWN
-    colour = INK if own else colours[r.method]
-    marker = (OWN_MARKERS if own else MARKERS).get(r.variant, "o")
+    own, by_rule = is_own(r), r.method == OWN and not is_own(r)
+    colour = INK if r.method == OWN else colours[r.method]
+    marker = (OWN_MARKERS if r.method == OWN else MARKERS).get(r.variant, "o")
     # Bars fainter than marks: with ten methods it is the marks that must be found.
     width, alpha = (1.4, 0.8) if own else (1.0, 0.3)
     bars = {"fmt": "none", "ecolor": colour, "elinewidth": width, "alpha": alpha, "zorder": 4 + own}
@@ -85,6 +86,8 @@ def _draw_mark(ax: Axes, r: ComparedRow, colours: dict[str, str]) -> None:
         ax.errorbar(x, y, yerr=[[max(0.0, y - 100 * low)], [max(0.0, 100 * high - y)]], **bars)
     face = "none" if r.variant in HOLLOW else colour
     size = OWN_SIZES.get(r.variant, 11) if own else 6.5
+    if by_rule:  # a ring tells it from the row at the scale of its training
+        ax.plot(x, y, "o", color=INK, mfc="none", mec=INK, ms=RING, mew=1, clip_on=False, zorder=5)
     ax.plot(x, y, marker, color=colour, mfc=face, mec=colour, ms=size, mew=2 if own else 1.5, clip_on=False, zorder=5 + own)
 
 
@@ -100,8 +103,12 @@ def _draw_legends(figure: Figure, marks: list[ComparedRow], colours: dict[str, s
     entries = [(Line2D([], [], color=colours[m], **dot), m) for m in colours]
     if any(r.method == BASE for r in marks):
         entries.append((Line2D([], [], color=INK, linestyle="none", marker="x", mew=1.8), "base"))
-    own = {r.variant for r in marks if r.method == OWN}
+    own = {r.variant for r in marks if is_own(r)}
     entries += [_shape(OWN_MARKERS[v], v, f"Residual Paving, {v}", INK, OWN_SIZES[v] - 1) for v in OWN_MARKERS if v in own]
+    if any(r.method == OWN and not is_own(r) for r in marks):
+        entries.append(
+            (Line2D([], [], color=INK, marker="o", mfc="none", ms=RING - 1, linestyle="none"), "ringed: by the rule")
+        )
     variants = {r.variant for r in marks if r.method not in (BASE, OWN)}
     entries += [_shape(MARKERS[v], v, f"shape: {v}", MUTED, 7) for v in MARKERS if v in variants]
     handles, names = zip(*entries, strict=True)

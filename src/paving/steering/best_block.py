@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paving.backbone import Backbone, checked_ids, render_batch
 from paving.generation import batches_by_length
-from paving.prompts.types import Bucket, Prompt, SplitName
+from paving.prompts.types import Prompt, SplitName
 from paving.steering.checks import SteeringError
 from paving.steering.material import Material
 from paving.steering.steered import Editor
@@ -42,7 +42,7 @@ def best_block(
 
     raises SteeringError without blocks, or where no block has a margin that is a number
     """
-    prompts = material.of(SplitName.CALIBRATION, Bucket.EDIT)
+    prompts = material.with_target(SplitName.CALIBRATION)
     margins = {}
     for layer in layers:
         editor = editor_at(layer)

@@ -20,12 +20,24 @@ class Material:
              ends. Wherever a published method trains on an "answer target" of a harmful prompt, it is this
     answers  prompt's id -> the base's own greedy answer, token ids: a refusal for edit prompts and most harmful keeps
     seed     of everything drawn
+    unusable ids of edit prompts whose target refuses, loops or breaks off: training has none of them, calibration may
     """
 
     splits: Splits
     targets: Mapping[str, tuple[int, ...]]
     answers: Mapping[str, tuple[int, ...]]
     seed: int = 0
+    unusable: frozenset[str] = frozenset()
+
+    def with_target(self, split: SplitName) -> tuple[Prompt, ...]:
+        """Edit prompts with a target that may be learned or chosen by. raises SteeringError where there is none"""
+        found = tuple(p for p in self.of(split, Bucket.EDIT) if p.id not in self.unusable)
+        if not found:
+            raise SteeringError(
+                f"the targets of all edit prompts of the {split.value} split refuse, loop or break off, so nothing can be "
+                "chosen by them. Give more prompts, or targets of your own."
+            )
+        return found
 
     def of(self, split: SplitName, bucket: Bucket) -> tuple[Prompt, ...]:
         """raises SteeringError for the held-out split, and for a bucket without prompts: no method fits without all three"""

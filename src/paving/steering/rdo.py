@@ -171,7 +171,7 @@ class _Rows:
 
 
 def _rows(backbone: Backbone, material: Material, split: SplitName, config: RDOConfig) -> _Rows:
-    edit = material.of(split, Bucket.EDIT)
+    edit = material.with_target(split)
     benign = [p for p in material.of(split, Bucket.BENIGN_KEEP) if material.answers.get(p.id)]
     refusals = [_first_sentence(backbone, material.answers[p.id]) for p in edit if material.answers.get(p.id)]
     if not benign or not refusals:

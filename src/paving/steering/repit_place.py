@@ -82,7 +82,9 @@ def best_place(
         benign=_drawn(material.of(SplitName.CALIBRATION, Bucket.BENIGN_KEEP), material.seed, config),
         batch_size=config.batch_size,
     )
-    layers = range(int(config.depth * backbone.n_layers))
+    layers = range(
+        max(1, int(config.depth * backbone.n_layers) - 1)
+    )  # published layers are counted by the reader (`fit_dim`)
     tick = stage("RepIt: places", len(layers) * n_positions)
     editors: dict[tuple[int, int], IsolatedDirection] = {}
     found: dict[tuple[int, int], Place] = {}

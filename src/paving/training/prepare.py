@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,12 +91,7 @@ def prepare(
     """
     asked = [p for s in (SplitName.TRAIN, SplitName.CALIBRATION) for p in splits.of(s, Bucket.EDIT)]
     targets = edit_targets(backbone, store, asked, config, reference, stage)
-    labels = labels_of([_as_answer(backbone, p, targets[p.id]) for p in asked])
-    usable = {
-        p.id
-        for p, label in zip(asked, labels, strict=True)
-        if usable_target(label, targets[p.id].kind) and not repeats(targets[p.id].continuation)
-    }
+    usable = usable_targets(backbone, asked, targets, labels_of)
     calibration_edit = splits.of(SplitName.CALIBRATION, Bucket.EDIT)
     splits = drop_from_training(splits, usable)
     train = splits.of(SplitName.TRAIN)
@@ -121,6 +116,18 @@ def prepare(
         p_edit=reference_distributions(reference, store, edit, edit_rows, targets, config, stage),
     )
     return Prepared(splits, rows, {p.id: targets[p.id] for p in calibration_edit}, traces)
+
+
+def usable_targets(
+    backbone: Backbone, prompts: Sequence[Prompt], targets: Mapping[str, EditTarget], labels_of: LabelsOf
+) -> set[str]:
+    """Ids of the prompts whose target neither refuses nor loops nor helps harm."""
+    labels = labels_of([_as_answer(backbone, p, targets[p.id]) for p in prompts])
+    return {
+        p.id
+        for p, label in zip(prompts, labels, strict=True)
+        if usable_target(label, targets[p.id].kind) and not repeats(targets[p.id].continuation)
+    }
 
 
 def repeats(tokens: Sequence[int], span: int = 6) -> bool:

@@ -1,0 +1,97 @@
+"""What a saved sweep is named by: everything that decides it, so that none is taken for another."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from paving.compare import methods
+from paving.compare.bench import Bench, open_bench
+from paving.compare.fitting import Fitting
+from paving.prompts.types import Bucket, Prompt, SplitName, Splits
+from paving.run_folder import RunConfig
+from paving.steering.checks import SteeringError
+from tiny_models import tiny_backbone
+from tiny_runs import WordJudge
+
+
+@pytest.fixture(scope="module")
+def bench(setting, evaluated, tmp_path_factory) -> Bench:
+    folder = tmp_path_factory.mktemp("keys") / "run"
+    shutil.copytree(evaluated, folder)
+    return open_bench(folder, setting[1], WordJudge())
+
+
+def configured(bench: Bench, **changes: object) -> Bench:
+    return replace(bench, config=RunConfig.model_validate(bench.config.model_dump() | changes))
+
+
+def first_prompt(bench: Bench, split: str, **changes: object) -> Bench:
+    first, *others = getattr(bench.splits, split)
+    return replace(bench, splits=replace(bench.splits, **{split: (replace(first, **changes), *others)}))
+
+
+CHANGES = {
+    "a training prompt's text": lambda b: first_prompt(b, "train", text="something else"),
+    "a calibration prompt's text": lambda b: first_prompt(b, "calibration", text="something else"),
+    "what a prompt is asked with": lambda b: first_prompt(b, "train", system="You are brief."),
+    "a target of the owner's": lambda b: first_prompt(b, "train", target="another answer"),
+    "a source": lambda b: first_prompt(b, "train", source="elsewhere"),
+    "a group": lambda b: first_prompt(b, "train", group="another"),
+    "a bucket": lambda b: first_prompt(b, "train", bucket=Bucket.HARMFUL_KEEP),
+    "one prompt more": lambda b: replace(
+        b,
+        splits=Splits(
+            (*b.splits.train, Prompt("more", "one more", Bucket.BENIGN_KEEP, group="more")), b.splits.calibration, ()
+        ),
+    ),
+    "the length of answers": lambda b: configured(b, decoding={"max_new_tokens": 3}),
+    "the length of targets": lambda b: configured(b, training=b.config.training.model_dump() | {"horizon": 5}),
+    "where targets come from": lambda b: configured(b, training=b.config.training.model_dump() | {"targets": "own"}),
+    "the model that gives targets": lambda b: configured(b, targets_from="another/model"),
+    "the base": lambda b: replace(b, backbone=tiny_backbone(seed=5)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_sweep_of_other_inputs_has_another_name(bench, what):
+    one = Fitting(methods.METHODS[0], bench)
+    other = Fitting(methods.METHODS[0], CHANGES[what](bench))
+    assert other.key != one.key
+    assert Fitting(methods.METHODS[0], replace(bench)).key == one.key  # and of the same inputs the same
+
+
+def test_held_out_prompts_name_no_sweep(bench):
+    assert Fitting(methods.METHODS[0], first_prompt(bench, "held_out", text="something else")).key == (
+        Fitting(methods.METHODS[0], bench).key
+    )
+
+
+def test_a_method_of_another_version_and_a_probe_made_in_another_way_have_other_names(bench, monkeypatch):
+    method = methods.METHODS[0]
+    raised = replace(method, version=method.version + 1)
+    assert Fitting(raised, bench).key != Fitting(method, bench).key
+    before = {variant: bench.routing_key(variant) for variant in ("global", "probe", "probe+veto", "oracle")}
+    monkeypatch.setattr("paving.compare.bench.ROUTING_VERSION", 99)
+    changed = {variant for variant, key in before.items() if bench.routing_key(variant) != key}
+    assert changed == {"probe", "probe+veto"}
+
+
+def test_a_target_that_refuses_or_loops_chooses_nothing(bench):
+    looping, *others = [p.id for p in bench.splits.calibration if p.bucket is Bucket.EDIT]
+    assert others
+
+    def own(p: Prompt) -> Prompt:
+        return replace(p, target=" ".join(["w1"] * 8) if p.id == looping else "w1 w2 w33")  # odd: no refusal
+
+    splits = Splits(*(tuple(map(own, split)) for split in (bench.splits.train, bench.splits.calibration)), ())
+    training = bench.config.training.model_dump() | {"targets": "own", "horizon": 12}
+    material = replace(configured(bench, training=training), splits=splits).material
+    assert looping in material.unusable and not material.unusable & set(others)
+    assert looping not in {p.id for p in material.with_target(SplitName.CALIBRATION)}
+    assert looping in {p.id for p in material.of(SplitName.CALIBRATION, Bucket.EDIT)}
+    none = replace(material, unusable=frozenset([looping, *others]))
+    with pytest.raises(SteeringError, match="refuse, loop or break off"):
+        none.with_target(SplitName.CALIBRATION)
