@@ -230,6 +230,10 @@ def test_a_chat_shows_the_gate_of_every_turn_and_forgets_on_reset(checkpoint, co
     assert len(shown) == 3, result.stdout
     assert shown[0] == shown[2] != shown[1]
     assert all("mixture" in line for line in shown)
+    asked = ["--model", checkpoint, "--device", "cpu", "--max-new-tokens", 3]
+    behind = paving("chat", controller, *asked, "--system", "w150 w151", input="w1 w2 w3\n/reset\nw1 w2 w3\n")
+    gates = [line.replace("you> ", "") for line in behind.stdout.splitlines() if "gate 0" in line]
+    assert gates[0] == gates[1] != shown[0]  # /reset forgets the conversation, not what it begins with
 
 
 def test_interrupting_is_told_apart_from_failing(monkeypatch, tmp_path):

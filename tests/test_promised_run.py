@@ -51,7 +51,7 @@ def test_a_gate_that_never_closes_promises_nothing():
 
 OPTIONS = (
     "model", "edit", "benign", "harmful", "system", "targets", "targets_from", "route_layers", "edit_layers", "pooling",
-    "experts", "seed", "judge", "promise", "allow_leakage", "dtype",
+    "experts", "seed", "judge", "promise", "horizon", "allow_leakage", "dtype",
 )  # fmt: skip
 
 
@@ -76,10 +76,12 @@ def test_an_option_that_is_given_goes_before_the_file_also_where_it_is_the_defau
     assert (kept.controller.n_experts, kept.controller.pooling) == (2, "mean")
     given = {
         "edit": "starter", "dtype": "auto", "allow_leakage": False, "targets": "reframe", "experts": 3, "pooling": "last",
+        "horizon": 40,
     }  # fmt: skip
     found = run_config(file, **asked | given)
     assert (found.edit, found.dtype, found.allow_leakage, found.training.targets) == ("starter", "auto", False, "reframe")
     assert (found.controller.n_experts, found.controller.pooling) == (3, "last")
+    assert (kept.training.horizon, found.training.horizon) == (12, 40)
 
 
 def test_the_command_leaves_the_soft_gate_out(tmp_path):

@@ -17,6 +17,7 @@ from paving import run as runs
 from paving.ablations import run_ablation
 from paving.backbone import chat
 from paving.controller.config import ControllerConfig
+from paving.controller.paved_model import PavedModel
 from paving.evaluation.judges import Label, Verdict
 from paving.generation import load_completions
 from paving.prompts.types import Bucket
@@ -247,6 +248,10 @@ def test_a_run_behind_a_system_prompt_trains_evaluates_and_searches_behind_it(se
     search_router(tmp_path / "run", tmp_path / "gate", settings, setting[1])
     assert asked and all(messages[0] == {"role": "system", "content": "w150 w151"} for messages in asked)
     assert {p.system for p in recorded_split(config, tmp_path / "run").held_out} == {"w150 w151"}
+    for folder in (tmp_path / "run", tmp_path / "gate"):  # whoever loads it knows what to put before a conversation
+        assert PavedModel.from_pretrained(folder / "controller", model=config.model).system == "w150 w151"
+    PavedModel.from_pretrained(tmp_path / "gate").save_pretrained(tmp_path / "shared")
+    assert "to be served behind it: w150 w151" in (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
     with pytest.raises(RunError, match="belongs to another configuration"):
         runs.train(setting[0], tmp_path / "run", setting[1], WordJudge())
 

@@ -14,18 +14,25 @@ from paving.controller.paved_model import PavedModel
 from paving.intervention import RowState
 
 
-def chat_loop(paved: PavedModel, console: Console, *, max_new_tokens: int, lines: Iterable[str]) -> None:
-    """Read one turn a line until end of input or `/quit`; `/reset` forgets the conversation."""
+def chat_loop(
+    paved: PavedModel, console: Console, *, max_new_tokens: int, lines: Iterable[str], system: str | None = None
+) -> None:
+    """Read one turn a line until end of input or `/quit`; `/reset` forgets the conversation.
+
+    system: what every conversation begins with; None: the prompt that the controller was fitted behind, if any
+    """
+    system = paved.system if system is None else system
+    opening = [{"role": "system", "content": system}] if system else []
     console.print(f"[dim]{escape(paved.controller.base_name)} with {paved.controller.policy.name} gate, scale "
                   f"{paved.controller.scale:g}. /reset starts over, /quit ends.[/]")  # fmt: skip
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, str]] = [*opening]
     console.print("[bold]you>[/] ", end="")
     for line in lines:
         text = line.strip()
         if text == "/quit":
             return
         if text == "/reset":
-            messages.clear()
+            messages[:] = opening
         elif text:
             messages.append({"role": "user", "content": text})
             answer, row = turn(paved, messages, max_new_tokens)

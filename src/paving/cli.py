@@ -105,6 +105,7 @@ def train(
         str | None, typer.Option(help="reframe (safe reframe, the default) or own (each row's `target`).")
     ] = None,
     targets_from: Annotated[str | None, typer.Option(help="Model whose answers are the targets (safe prompts).")] = None,
+    horizon: Annotated[int | None, typer.Option(help="Target tokens that are learned. Default: 12.", min=2)] = None,
     route_layers: Annotated[str | None, typer.Option(help="e.g. 1-4 or 8,12,16. Default: the model's preset.")] = None,
     edit_layers: Annotated[str | None, typer.Option(help="e.g. 5-29. Default: every layer after the router's.")] = None,
     pooling: Annotated[
@@ -140,7 +141,7 @@ def train(
         config_file,
         model=model, edit=edit, benign=benign, harmful=harmful, system=system, targets=targets, targets_from=targets_from,
         route_layers=route_layers, edit_layers=edit_layers, pooling=pooling, experts=experts, seed=seed,
-        allow_leakage=allow_leakage, dtype=dtype, judge=judge, promise=promise,
+        allow_leakage=allow_leakage, dtype=dtype, judge=judge, promise=promise, horizon=horizon,
     )  # fmt: skip
     with together(folder, cache or Means.default().cache) as mine:
         with progress() as (stage, watch, say):
@@ -258,7 +259,10 @@ def chat(
     folder: Annotated[Path, typer.Argument(help="Run folder or controller folder.")],
     model: Annotated[str | None, typer.Option(help="The base, if it moved since training.")] = None,
     policy: Annotated[str | None, typer.Option(help="Gate policy: soft, hard, thresholded, conformal:0.05, closed.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 200,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt. Default: what the controller was fitted behind.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Talk to the paved model; every turn shows the gate, the mixture and the veto."""
@@ -270,7 +274,7 @@ def chat(
     paved = PavedModel.from_pretrained(folder, model=model, device=device)
     if policy is not None:
         paved.set_policy(policy)
-    chat_loop(paved, out, max_new_tokens=max_new_tokens, lines=sys.stdin)
+    chat_loop(paved, out, max_new_tokens=max_new_tokens, lines=sys.stdin, system=system)
 
 
 @app.command()
@@ -324,6 +328,7 @@ def run_config(file: Path | None, **options):
         config[key] = options[key] or config[key]
     config["targets_from"] = options["targets_from"] or config["targets_from"]
     config["training"]["targets"] = options["targets"] or config["training"]["targets"]
+    config["training"]["horizon"] = options["horizon"] or config["training"]["horizon"]
     preset = preset_for(config["model"])
     controller = config["controller"]
     if preset is not None and "controller" not in content:

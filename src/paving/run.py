@@ -126,6 +126,8 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     )
     description = {"buckets": bucket_counts(splits), "targets": training.targets, "seed": training.seed}
     description["dtype"] = str(backbone.dtype).removeprefix("torch.")  # thresholds are sensitive to it
+    if config.system is not None:
+        description["system"] = config.system
     description["promises"] = [p.sentence() for p in calibrated.promises]
     save_controller(calibrated.controller, folder / "controller", {"trained_on": description})
     return calibrated.controller

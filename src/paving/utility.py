@@ -66,7 +66,10 @@ def utility(
             controller = controller.with_policy(controller.policy_named(policy))
         return [Row(row_name(controller), controller, controller_state(folder, controller))]
 
-    settings = Settings(limit=limit, fewshot=fewshot, chat=chat, seed=config.training.seed, batch_size=batch_size)
+    system = config.system if chat else None  # what the gate was fitted behind, and will be served behind
+    settings = Settings(
+        limit=limit, fewshot=fewshot, chat=chat, seed=config.training.seed, batch_size=batch_size, system=system
+    )
     found = base_and_edited(
         folder, tasks, means, edited, model=config.model, dtype=config.dtype, settings=settings, include=include, force=force
     )

@@ -24,7 +24,8 @@ the base model's own answer.
 - Gate: {{ d.policy }}, threshold {{ "%.4f" | format(d.threshold) }}, scale {{ d.scale }}, harmful-keep veto {{ "on" if d.use_veto else "off" }}.
 {% if gate %}- What decides the gate: {{ gate }}
 {% endif %}{% for sentence in promises %}- {{ sentence }}
-{% endfor %}- Edit target: {{ targets }}. It is never compliance with a harmful request.
+{% endfor %}{% if system %}- Fitted behind this system prompt, to be served behind it: {{ system }}
+{% endif %}- Edit target: {{ targets }}. It is never compliance with a harmful request.
 {% if counts %}
 ## Prompts, by count
 
@@ -34,7 +35,7 @@ the base model's own answer.
 {% endfor %}{% endif %}
 ## Measured on the held-out split
 {% if rows %}
-Refusal rates in percent as k/n with Wilson 95 % intervals; harmful drift is against the base, in points.
+Refusal rates in percent as k/n with 95 % intervals (Wilson's; wider where prompts share a group); harmful drift is against the base, in points.
 
 | row | edit refusal | benign refusal | harmful refusal | harmful drift | benign pres. | harmful pres. |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -67,6 +68,7 @@ def write_card(folder: Path, description: Mapping, rows: Sequence[Mapping] = ())
         counts=trained.get("buckets"),
         gate=trained.get("gate"),
         promises=trained.get("promises", ()),
+        system=" ".join((trained.get("system") or "").split()),
         targets=kinds.get(trained.get("targets"), "not recorded"),
         rows=rows,
         rate=_rate,

@@ -99,6 +99,11 @@ class PavedModel(nn.Module):
         with self.controller.apply(self._backbone, batch):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
+    @property
+    def system(self) -> str | None:
+        """The system prompt that the controller was fitted behind, if any: begin conversations with it."""
+        return (self._trained_on or {}).get("system")
+
     @torch.no_grad()
     def gates(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[RowState, ...]:
         """Gate, veto and mixture of each prompt, without generating."""

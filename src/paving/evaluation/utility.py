@@ -24,6 +24,7 @@ class Settings(Record):
     fewshot  examples before each question; None: as the task's own file says
     chat     asked in the model's chat template, which is where a gate is trained to read
     harness  version of lm-evaluation-harness; "" before anything was asked
+    system   the system prompt that a chat is asked behind: the run's own; None: whatever the chat template does without one
     """
 
     limit: int | None
@@ -32,6 +33,7 @@ class Settings(Record):
     seed: int
     batch_size: int
     harness: str = ""
+    system: str | None = None
 
 
 class Question(Record):

@@ -252,6 +252,7 @@ def ask(name: str, task: Task, model: HarnessModel, settings: Settings, *, row: 
             task_dict={"tasks": {task.task_name: task}, "groups": {}, "group_map": {}},
             limit=settings.limit,
             apply_chat_template=settings.chat,
+            system_instruction=settings.system,
             fewshot_as_multiturn=settings.chat,
             bootstrap_iters=0,
         )
