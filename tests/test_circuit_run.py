@@ -154,11 +154,15 @@ def test_a_second_evaluation_keeps_the_rows_and_sources_of_the_first(files, tmp_
     folder, ood = tmp_path / "run", tmp_path / "elsewhere.jsonl"
     ood.write_text("".join(json.dumps({"prompt": f"w{i} w3"}) + "\n" for i in range(3)), encoding="utf-8")
     run_whole(files, folder, means)
-    first = evaluate(folder, means, against=["random"], ood=[str(ood)], judge=WordJudge())
+    asked = {"ood": [str(ood)], "ood_benign": [f"{ood}?prompt=w1*"]}  # one file may hold both kinds
+    first = evaluate(folder, means, against=["random"], **asked, judge=WordJudge())
     second = evaluate(folder, means, against=["as"], judge=WordJudge())
     assert [*second.frontier] == ["c-delta-theta", "random", "as"]
     assert second.rows[: len(first.rows)] == first.rows and second.rows[1].sets["elsewhere"].refused.n == 3
     assert second.rows[-1].name == "as" and "elsewhere" in second.rows[-1].sets
+    benign = second.rows[-1].sets["elsewhere-benign"]
+    assert (benign.side, benign.refused.n) == ("ood-benign", 1)
+    assert "elsewhere-benign (ood-benign) ↓" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_prompts_that_the_run_has_seen_are_not_held_out(files, tmp_path, means):

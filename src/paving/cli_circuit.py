@@ -88,6 +88,9 @@ def evaluate_circuit(
     folder: RunFolder,
     against: Annotated[list[str] | None, typer.Option(help="Further rows: inverse, random, as, cast, ws.")] = None,
     ood: Annotated[list[str] | None, typer.Option(help="Prompt files or datasets of other sources.")] = None,
+    ood_benign: Annotated[
+        list[str] | None, typer.Option(help="The same, of prompts that are not to be refused: what over-refusal is there.")
+    ] = None,
     delta: Annotated[
         list[Path] | None,
         typer.Option(
@@ -106,7 +109,9 @@ def evaluate_circuit(
     from paving.terminal import out
 
     with means_of(device, trust_remote_code, quiet=as_json) as means:
-        metrics = evaluate(folder, means, against=against or (), ood=ood or (), deltas=delta or ())
+        metrics = evaluate(
+            folder, means, against=against or (), ood=ood or (), ood_benign=ood_benign or (), deltas=delta or ()
+        )
     if as_json:
         print(metrics.model_dump_json(indent=1))
         return

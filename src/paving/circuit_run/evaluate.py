@@ -47,6 +47,7 @@ def evaluate(
     *,
     against: Sequence[str] = (),
     ood: Sequence[str] = (),
+    ood_benign: Sequence[str] = (),
     deltas: Sequence[Path] = (),
     judge: Judge | None = None,
 ) -> PolicyMetrics:
@@ -54,6 +55,7 @@ def evaluate(
 
     against  rows of paving.circuit_run.rows: inverse, random, as, cast, ws
     ood      prompt files or datasets that the circuit was not found on; what they should do is not judged, only what changed
+    ood_benign  the same of prompts that are not to be refused: other kinds than the benign pairs that were trained on
     deltas   folders of further deltas of this base, each a row at its own α: compositions, whose figures are written into
              them for the card, or other categories'
     Rows and sources of an earlier evaluation stay.
@@ -62,10 +64,10 @@ def evaluate(
     """
     config = read_circuit_config(folder)
     train, calibration = run_pairs(config, folder)
-    names, sources = with_earlier(folder, against, ood)
+    names, sources, benign_sources = with_earlier(folder, against, ood, ood_benign)
     others = [comparator(name) for name in names]  # an unknown row is refused before minutes are spent
     further = further_deltas(folder, deltas, means)
-    sets, left_out = held_out_sets(config, sources)
+    sets, left_out = held_out_sets(config, sources, benign_sources)
     if not (folder / "delta").exists():
         raise RunError(f"{folder} has no finished delta. Train it first: paving circuit edit {folder}")
     delta = load_delta(folder / "delta")
@@ -115,6 +117,7 @@ def evaluate(
         decoding=config.decoding.model_dump(),
         pairs={"train": len(train), "calibration": len(calibration), "held_out": len(sets[0].prompts)},
         ood=sources,
+        ood_benign=benign_sources,
         deltas={name: os.path.relpath(path, folder.resolve()) for name, (path, _) in further.items()},
         left_out=left_out,
         over_refusal_limit=config.strength.limit,
@@ -163,21 +166,25 @@ def card_metrics(row: PolicyRow, *, composed: bool = False) -> dict[str, dict]:
     return found | broken
 
 
-def with_earlier(folder: Path, against: Sequence[str], ood: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(comparators, name -> source of other prompts) with those of an earlier evaluation: asking for one more must not
-    take away another. A metrics.json that cannot be read adds none: evaluating again is how it is mended."""
-    names, sources = [], {}
+def with_earlier(
+    folder: Path, against: Sequence[str], ood: Sequence[str], ood_benign: Sequence[str]
+) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """(comparators, name -> source of other prompts, the same of benign ones) with those of an earlier evaluation: asking
+    for one more must not take away another. A metrics.json that cannot be read adds none: evaluating again mends it."""
+    names, sources, benign_sources = [], {}, {}
     with suppress(FileNotFoundError, ValueError):  # absent; damaged, or of another version
         earlier = PolicyMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8"))
-        names, sources = [name for name in earlier.frontier if name != EDIT], dict(earlier.ood)
-    for source in ood:
-        name = set_name(source)
-        if sources.setdefault(name, source) != source:
-            raise RunError(
-                f"two sources of prompts are called {name!r}: {sources[name]} and {source}. Rename one; where the first is "
-                f"of an earlier evaluation, moving {folder / 'metrics.json'} away leaves it out."
-            )
-    return list(dict.fromkeys([*names, *against])), sources
+        names = [name for name in earlier.frontier if name != EDIT]
+        sources, benign_sources = dict(earlier.ood), dict(earlier.ood_benign)
+    for asked, known, ending in ((ood, sources, ""), (ood_benign, benign_sources, "-benign")):  # both halves of one file
+        for source in asked:
+            name = set_name(source) + ending
+            if known.setdefault(name, source) != source:
+                raise RunError(
+                    f"two sources of prompts are called {name!r}: {known[name]} and {source}. Rename one; where the first "
+                    f"is of an earlier evaluation, moving {folder / 'metrics.json'} away leaves it out."
+                )
+    return list(dict.fromkeys([*names, *against])), sources, benign_sources
 
 
 def further_deltas(folder: Path, deltas: Sequence[Path], means: Means) -> dict[str, tuple[Path, Delta]]:

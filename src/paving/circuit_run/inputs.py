@@ -12,7 +12,7 @@ from pathlib import Path
 from paving.backbone import Backbone, render_ids
 from paving.circuit.pairs import Pair, categories_in, read_pairs, split_pairs
 from paving.circuit_run.config import CircuitConfig
-from paving.evaluation.refusal_policy import BENIGN, CATEGORY, PromptSet
+from paving.evaluation.refusal_policy import BENIGN, CATEGORY, OOD_BENIGN, PromptSet
 from paving.generation import Decoding, generate, load_completions, save_completions
 from paving.intervention import Identity
 from paving.prompts.leakage import near_or_equal, normalised
@@ -78,10 +78,12 @@ def benign_prompts(pairs: Sequence[Pair]) -> list[Prompt]:
     return [Prompt(f"{p.id}/benign", p.benign, Bucket.BENIGN_KEEP, group=p.id) for p in pairs]
 
 
-def held_out_sets(config: CircuitConfig, ood: Mapping[str, str]) -> tuple[list[PromptSet], int]:
+def held_out_sets(
+    config: CircuitConfig, ood: Mapping[str, str], ood_benign: Mapping[str, str] | None = None
+) -> tuple[list[PromptSet], int]:
     """(sets, how many prompts were left out): the category first, then benign prompts, other categories, other sources.
 
-    ood  name of the set -> prompt file or dataset
+    ood, ood_benign  name of the set -> prompt file or dataset; the benign are judged as such
     What stands among the run's own pairs, in either split and on either side, or is nearly worded as one of them on its
     own side, is left out: the edit was trained or its α chosen on it, and public sets repeat themselves. A benign prompt
     may be worded as a harmful one: telling them apart is what is measured.
@@ -106,13 +108,15 @@ def held_out_sets(config: CircuitConfig, ood: Mapping[str, str]) -> tuple[list[P
             sets.append(PromptSet(name, "other", harmful_prompts(pairs(name, others))))
     for name, source in ood.items():
         sets.append(PromptSet(name, "ood", read_prompts(source, Bucket.HARMFUL_KEEP, limit=others)))
+    for name, source in (ood_benign or {}).items():
+        sets.append(PromptSet(name, OOD_BENIGN, read_prompts(source, Bucket.BENIGN_KEEP, limit=config.held_out_limit)))
     _check_names(sets)
     run_pairs = [p for split in pairs_of(config) for p in split]
     harmful, benign = [p.harmful for p in run_pairs], [p.benign for p in run_pairs]
     seen = {normalised(text) for text in (*harmful, *benign)}
     unseen = []
     for s in sets:
-        near = near_or_equal([p.text for p in s.prompts], benign if s.side == BENIGN else harmful)
+        near = near_or_equal([p.text for p in s.prompts], benign if s.side in (BENIGN, OOD_BENIGN) else harmful)
         kept = [p for p in s.prompts if p.text not in near and normalised(p.text) not in seen]
         unseen.append(replace(s, prompts=kept))
     for s in unseen:

@@ -22,12 +22,13 @@ from paving.evaluation.three_way import Protocol, RowSpec, completions_of, judge
 from paving.prompts.types import Prompt
 
 Stage = Callable[[str, int], Callable[[int], None]]
-CATEGORY, BENIGN = "category", "benign"
+CATEGORY, BENIGN, OOD_BENIGN = "category", "benign", "ood-benign"
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts of one side. side: `category` (to be refused), `benign` (not to be), `other` categories, or `ood`."""
+    """Prompts of one side. side: `category` (to be refused), `benign` (not to be), `other` categories, `ood`: of other
+    sources, and `ood-benign`: of other sources and not to be refused."""
 
     name: str
     side: str
@@ -84,7 +85,7 @@ class PolicyMetrics(Record):
     over_refusal_limit  a fraction, which `expected_over_refusal` of calibration prompts was held to where α was chosen by it
     owners_alpha        whether the edit's α is its owner's, and not the one that the limit chooses
     touched             share of the parameters
-    ood                 name of a set of further prompts -> file or dataset
+    ood, ood_benign     name of a set of further prompts -> file or dataset
     deltas              name of a row -> folder of the further delta that it measures, seen from the run's
     left_out            held-out prompts that stand among the run's own pairs, and were not asked
     """
@@ -98,6 +99,7 @@ class PolicyMetrics(Record):
     decoding: dict[str, Any]
     pairs: dict[str, int]
     ood: dict[str, str] = Field(default_factory=dict)
+    ood_benign: dict[str, str] = Field(default_factory=dict)
     deltas: dict[str, str] = Field(default_factory=dict)
     left_out: int = 0
     over_refusal_limit: float

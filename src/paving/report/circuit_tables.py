@@ -11,6 +11,7 @@ from rich.text import Text
 from paving.evaluation.refusal_policy import (
     BENIGN,
     CATEGORY,
+    OOD_BENIGN,
     FrontierPoint,
     PolicyMetrics,
     PolicyRow,
@@ -34,8 +35,8 @@ from paving.report.tables import utility as utility_of_gates
 
 BASE, EDITED = "base", "c-delta-theta"  # names of rows
 CONTROLS = ("inverse", "random")  # rows of a circuit of the same size that attribution did not choose
-SIDES = (CATEGORY, BENIGN, "other", "ood")
-WANTED = {CATEGORY: " ↑", BENIGN: " ↓"}
+SIDES = (CATEGORY, BENIGN, OOD_BENIGN, "other", "ood")
+WANTED = {CATEGORY: " ↑", BENIGN: " ↓", OOD_BENIGN: " ↓"}
 
 
 def refusals(metrics: PolicyMetrics) -> Table:
