@@ -50,6 +50,11 @@ def test_a_run_leaves_circuit_delta_curve_metrics_and_report(files, tmp_path, me
     assert "c-delta-theta" in (folder / "report.html").read_text(encoding="utf-8")
     card = json.loads((folder / "delta" / "delta.json").read_text(encoding="utf-8"))
     assert card["components"][0]["metrics"]["benign_over_refusal"]["n"] == 4
+    recipe = card["components"][0]["recipe"]
+    assert (recipe["pairs"], recipe["judge"], recipe["fraction"]) == ("train.jsonl", "rules", 0.15)
+    assert recipe.keys() >= {"pairs_sha256", "openings_sha256", "own_tokens", "decoding", "calibration_pairs"}
+    assert recipe["calibration"]["n_benign"] == recipe["calibration_pairs"]
+    assert str(tmp_path) not in json.dumps(card) and str(files) not in json.dumps(card)  # it is shared
 
 
 def test_what_is_finished_is_not_done_again(files, tmp_path, means, monkeypatch):

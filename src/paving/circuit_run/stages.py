@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from paving.circuit_run.inputs import (
     pairs_of,
     record_split,
     run_pairs,
+    split_record,
 )
 from paving.circuit_run.trained import edge_layers, trained_slices, within
 from paving.evaluation.judges import Judge
@@ -95,7 +97,7 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
             )
         means.say(f"the delta in {folder} is finished; nothing to do")
         return found
-    train, calibration = run_pairs(config, folder)
+    splits = train, calibration = run_pairs(config, folder)
     before = off_circuit(backbone, mask)
     slices = trained_slices(folder / "slices.safetensors", backbone, config, train, mask, folder, means)
     points = calibrated(backbone, config, calibration, slices, folder, means, judge)
@@ -116,10 +118,7 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
         category=config.category,
         alpha=chosen.strength if alpha is None else alpha,
         scores=scores,
-        recipe=calibration_point(chosen)
-        | config.model_dump(
-            mode="json", include={"attribution", "fraction", "scope", "edges", "arithmetic", "reference", "seed"}
-        ),
+        recipe=calibration_point(chosen) | made_by(config, splits),
     )
     with delta.edit().written(backbone):
         check_off_circuit(backbone, mask, before)
@@ -257,6 +256,18 @@ def strengths_of(
 
 def calibration_point(chosen: StrengthPoint | None) -> dict[str, object]:
     return {"calibration": asdict(chosen)} if chosen else {}
+
+
+def made_by(config: CircuitConfig, splits: tuple[Sequence[Pair], Sequence[Pair]]) -> dict[str, object]:
+    """What a delta says of how it was made and measured: enough to make it again, and no path of this machine."""
+    settings = config.model_dump(mode="json", exclude={"model", "category", "weight_steering"})
+    named = {key: Path(settings[key]).name for key in ("pairs", "held_out", "openings") if settings[key] is not None}
+    digests = {
+        "pairs_sha256": sha256(json.dumps(split_record(splits)).encode()).hexdigest(),
+        "openings_sha256": sha256(json.dumps(asdict(openings_of(config))).encode()).hexdigest(),
+    }
+    settings["calibration_pairs"] = settings.pop("calibration")  # `calibration` is what they showed at the chosen α
+    return settings | named | digests
 
 
 def _curve(points: Sequence[StrengthPoint]) -> str:
