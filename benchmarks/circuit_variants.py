@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[Mapping, bool]] = {
     "κ = 3 %, random channels": (NARROW, True),
     "κ = 15 %": (WIDE, False),
     "κ = 15 %, random channels": (WIDE, True),
+    "κ = 100 %: every channel but the first block's": ({"fraction": 1.0}, False),
     "rows (`outputs`)": ({"attribution": {"reading": "outputs"}}, False),
     "signed attribution": ({"attribution": {"signed": True}}, False),
     "chosen over all layers": ({"scope": "global"}, False),
@@ -108,7 +109,8 @@ def as_text(found: Mapping[str, Sequence[FrontierPoint]]) -> str:
     lines = ["| variant | category / benign refused %, by α | at the limit, 4.2 % |", "| --- | --- | --- |"]
     for name, points in found.items():
         cells = (f"{p.strength:g}: {100 * p.category_refused.rate:.0f} / {100 * p.benign_refused.rate:.0f}" for p in points)
-        lines.append(f"| {name} | {', '.join(cells)} | {100 * reached(points, LIMIT):.0f} |")
+        best = reached(points, LIMIT)
+        lines.append(f"| {name} | {', '.join(cells)} | {'n/a' if best is None else f'{100 * best:.0f}'} |")
     return "\n".join(lines)
 
 
