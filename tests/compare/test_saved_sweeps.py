@@ -6,8 +6,9 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from stand_in import Fitted, stand_in
 
-from paving.compare import methods
+from paving.compare import compare, methods
 from paving.compare.bench import Bench, open_bench
 from paving.compare.fitting import Fitting
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
@@ -95,3 +96,27 @@ def test_a_target_that_refuses_or_loops_chooses_nothing(bench):
     none = replace(material, unusable=frozenset([looping, *others]))
     with pytest.raises(SteeringError, match="refuse, loop or break off"):
         none.with_target(SplitName.CALIBRATION)
+
+
+def test_a_fit_that_takes_long_is_made_once_for_a_comparison_that_was_killed(setting, evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "run")
+    kept, loads = {}, []
+
+    def load(path, _backbone):
+        loads.append(path)
+        return kept[path]
+
+    def save(editor, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        kept[path] = editor
+
+    fit = Fitted()
+    method = stand_in("slow", fit, stored=methods.Stored(save, load))
+    first = Fitting(method, open_bench(tmp_path / "run", setting[1], WordJudge())).editor  # and killed
+    assert Fitting(method, open_bench(tmp_path / "run", setting[1], WordJudge())).editor is first
+    assert len(fit.materials) == len(loads) == 1
+    raised = replace(method, version=2)
+    assert Fitting(raised, open_bench(tmp_path / "run", setting[1], WordJudge())).editor is not first
+    compare(tmp_path / "run", setting[1], judge=WordJudge(), table=(method,))
+    assert not (tmp_path / "run" / "comparison" / "fits").exists()

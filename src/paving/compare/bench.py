@@ -57,6 +57,11 @@ class Bench:
     def out(self) -> Path:
         return self.folder / "comparison"
 
+    @property
+    def fits(self) -> Path:
+        """Editors that would take minutes to fit again, while a comparison is under way."""
+        return self.out / "fits"
+
     @cached_property
     def calibration(self) -> dict[Bucket, tuple[Prompt, ...]]:
         """As many calibration prompts as the run's own calibration looked at."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def compare(
         notes=[*(said_of((r.name, r.failed)) for r in records if r.failed), *notes_of(bench, asked, bert_model)],
     )
     write_text(folder / FILE, found.model_dump_json(indent=1))
+    shutil.rmtree(bench.fits, ignore_errors=True)  # as large as the base, each
     report(folder)
     return found
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
+from paving.backbone import Backbone
 from paving.compare.workshop import Workshop
 from paving.evaluation.comparison import BASE, OWN
 from paving.steering.act_add import ActAddConfig, fit_act_add
@@ -18,6 +20,7 @@ from paving.steering.rdo import RDOConfig, fit_rdo
 from paving.steering.repit import fit_repit
 from paving.steering.repit_place import PlaceConfig
 from paving.steering.steered import Editor, Routing
+from paving.steering.weight_delta import load_weight_delta, save_weight_delta
 from paving.steering.weight_steering import WeightEditor, WeightSteeringConfig, fit_answer_weights
 from paving.steering.wrmd import fit_wrmd
 
@@ -38,6 +41,14 @@ Fit = Callable[[Workshop], Editor | Noted]
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How a fit that takes long is kept on disk until its comparison is finished. save: (editor, path)"""
+
+    save: Callable[[Editor, Path], None]
+    load: Callable[[Path, Backbone], Editor]
+
+
+@dataclass(frozen=True)
 class Method:
     """One comparator.
 
@@ -47,6 +58,7 @@ class Method:
     variants  of `VARIANTS`, the routings it can be measured under (a weight edit: `global` alone), and `own`
     own       the routing that belongs to the method itself (CAST's condition), for the variant `own`
     note      what a reader of the table must know, such as "reconstructed from a description"; may be empty
+    stored    where fitting again after a kill would cost minutes
     version   raised when the recipe changes: saved sweeps and answers of another version are measured again
     """
 
@@ -56,6 +68,7 @@ class Method:
     variants: tuple[str, ...] = VARIANTS
     note: str = ""
     own: Callable[[Editor], Routing] | None = None
+    stored: Stored | None = None
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -182,5 +195,10 @@ METHODS = (
         "cast", _cast, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), (*VARIANTS, OWN_ROUTING), version=2,
         note="towards edit targets; own: its condition, edit prompts against keeps", own=lambda editor: editor.condition,
     ),
-    Method("ws", _ws, SCALES, ("global",), note="two epochs at 3e-5; an edit of weights: all rows alike", version=3),
+    Method("ws", _ws, SCALES, ("global",), note="two epochs at 3e-5; an edit of weights: all rows alike", version=3,
+        stored=Stored(
+            lambda editor, path: save_weight_delta(editor.delta, path),
+            lambda path, backbone: WeightEditor(load_weight_delta(path, backbone)),
+        ),
+    ),
 )  # fmt: skip
