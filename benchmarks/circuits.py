@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--held-out", type=int, default=100, help="held-out pairs of a category")
     parser.add_argument("--others", type=int, default=10, help="prompts of every other category and source")
+    parser.add_argument(
+        "--also-benign", help="further benign prompts of the selective recipe, as `starter`; give another --kept"
+    )
     parser.add_argument("--published-pairs", type=int, default=300, help="of the published recipe, those for α included")
     add_shared(parser)
     args = parser.parse_args(argv)
@@ -144,8 +147,8 @@ def read_kept(path: Path) -> Kept:
 
 def portable(config: CircuitConfig) -> CircuitConfig:
     """The same on every machine: where the data lie is no part of what was measured."""
-    held_out = config.held_out and Path(config.held_out).name
-    return config.model_copy(update={"pairs": Path(config.pairs).name, "held_out": held_out})
+    paths = {key: getattr(config, key) for key in ("pairs", "held_out", "also_benign")}
+    return config.model_copy(update={key: path and Path(path).name for key, path in paths.items()})
 
 
 def configuration(args: argparse.Namespace, category: str, seed: int, recipe: str) -> CircuitConfig:
@@ -157,6 +160,7 @@ def configuration(args: argparse.Namespace, category: str, seed: int, recipe: st
         "limit": args.published_pairs if recipe == "published" else None,
         "arithmetic": {"seed": seed},
         "weight_steering": WEIGHT_STEERING,
+        "also_benign": args.also_benign if recipe == "selective" else None,
     }
     return CircuitConfig.model_validate(with_recipe(content, recipe))
 

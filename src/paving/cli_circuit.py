@@ -29,6 +29,9 @@ def find_circuit(
     pairs: Annotated[str | None, typer.Option(help="JSON lines: a benign column and one column a category.")] = None,
     category: Annotated[str | None, typer.Option(help="The category's column.")] = None,
     held_out: Annotated[str | None, typer.Option(help="Further pairs, for `circuit evaluate` only.")] = None,
+    also_benign: Annotated[
+        str | None, typer.Option(help="Further prompts that are not to be refused: a file, a dataset, or `starter`.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model id, checkpoint folder, or the embedded default.")] = None,
     benign: Annotated[str | None, typer.Option(help="The benign column. Default: base.")] = None,
     recipe: Annotated[
@@ -54,7 +57,7 @@ def find_circuit(
     config = circuit_config(
         config_file, recipe,
         pairs=pairs, category=category, held_out=held_out, model=model, benign=benign, fraction=fraction, seed=seed,
-        reading=reading, judge=judge,
+        reading=reading, judge=judge, also_benign=also_benign,
     )  # fmt: skip
     with means_of(device, trust_remote_code, quiet=as_json) as means:
         mask = find(config, folder, means)

@@ -87,7 +87,9 @@ def test_a_seed_without_all_categories_has_no_mean_of_its_own(script):
 
 def test_a_kept_run_is_not_measured_again_wherever_its_data_lie_and_never_under_other_settings(script, tmp_path):
     circuits = script("circuits")
-    asked = SimpleNamespace(data=tmp_path / "here", held_out=5, others=5, calibration=30, tokens=4, published_pairs=60)
+    asked = SimpleNamespace(
+        data=tmp_path / "here", held_out=5, others=5, calibration=30, tokens=4, published_pairs=60, also_benign=None
+    )
     config = circuits.configuration(asked, "legal_opinion", 1, "selective")
     rate = circuits.Rate(k=1, n=4, rate=0.25, low=0.0, high=0.7)
     point = circuits.FrontierPoint(

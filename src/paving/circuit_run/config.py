@@ -44,6 +44,9 @@ class CircuitConfig(BaseModel):
 
     pairs        JSON lines with a benign column and one column a category (paving.circuit.pairs)
     held_out     further such pairs, for evaluation only
+    also_benign  further prompts that are not to be refused, such as safe ones that look unsafe: a prompt file, a dataset, or
+                 `starter` (those that come with the package). A fifth of their groups chooses α with the pairs' benign
+                 side; of the others the retain term keeps the base's own answers
     others_limit at most so many held-out prompts of every other category and source; None: as held_out_limit
     limit        at most so many pairs of `pairs`; calibration of them choose α, the rest find the circuit and train
     attributed   how many training pairs the attribution reads
@@ -64,6 +67,7 @@ class CircuitConfig(BaseModel):
     category: str
     benign: str = "base"
     held_out: str | None = None
+    also_benign: str | None = None
     limit: int | None = Field(None, ge=2)
     calibration: int = Field(100, ge=1)
     held_out_limit: int | None = Field(None, ge=1)

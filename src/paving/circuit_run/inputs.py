@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,9 +18,10 @@ from paving.generation import Decoding, generate, load_completions, save_complet
 from paving.intervention import Identity
 from paving.prompts.leakage import near_or_equal, normalised
 from paving.prompts.readers import read_prompts
+from paving.prompts.starter_set import starter_prompts
 from paving.prompts.types import Bucket, Prompt
 from paving.run import Means
-from paving.run_folder import RunError, write_json
+from paving.run_folder import STARTER, RunError, write_json
 from paving.training.opening_examples import Example
 from paving.training.openings import Openings, openings, read_openings
 
@@ -28,6 +30,26 @@ def pairs_of(config: CircuitConfig) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]
     """(train, calibration). raises CircuitError for a category without pairs, or too few."""
     pairs = read_pairs(config.pairs, config.category, benign=config.benign, limit=config.limit)
     return split_pairs(pairs, config.calibration, config.seed)
+
+
+def also_benign(config: CircuitConfig) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """(train, calibration) of the benign prompts that are no side of a pair; a group stands in one of the two."""
+    if config.also_benign is None:
+        return (), ()
+    if config.also_benign == STARTER:
+        found = tuple(p for p in starter_prompts() if p.bucket is Bucket.EDIT)
+    else:
+        found = read_prompts(config.also_benign, Bucket.BENIGN_KEEP)
+    prompts = [replace(p, id=f"also/{p.id}", bucket=Bucket.BENIGN_KEEP) for p in found]
+    groups = sorted({p.group for p in prompts})
+    if len(groups) < 2:
+        raise RunError(
+            f"{config.also_benign} holds {len(groups)} groups of prompts; some train and some choose α, so that at least "
+            "two are needed. Give more prompts, or leave it out."
+        )
+    chosen = set(random.Random(config.seed).sample(groups, max(1, len(groups) // 5)))
+    train, calibration = ([p for p in prompts if (p.group in chosen) == side] for side in (False, True))
+    return tuple(train), tuple(calibration)
 
 
 def run_pairs(config: CircuitConfig, folder: Path) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
@@ -41,9 +63,10 @@ def run_pairs(config: CircuitConfig, folder: Path) -> tuple[tuple[Pair, ...], tu
         recorded = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path} is damaged. Remove it if {config.pairs} is what the run began with.") from error
-    if recorded != split_record(splits):
+    if recorded != split_record(splits, also_benign(config)):
+        changed = config.pairs if config.also_benign is None else f"{config.pairs} or {config.also_benign}"
         raise RunError(
-            f"{config.pairs} has changed since the circuit in {folder} was found, and with it which pairs train and which "
+            f"{changed} has changed since the circuit in {folder} was found, and with it which pairs train and which "
             "choose α. Put the file back as it was, or begin anew in another folder; nothing was changed."
         )
     return splits
@@ -56,14 +79,19 @@ def record_split(config: CircuitConfig, folder: Path, means: Means) -> None:
     else:
         if (folder / "circuit.json").exists():
             means.say(f"{folder} was begun before pairs were recorded: {config.pairs} is taken for what it began with")
-        write_json(folder / "split.json", split_record(pairs_of(config)))
+        write_json(folder / "split.json", split_record(pairs_of(config), also_benign(config)))
 
 
-def split_record(splits: tuple[Sequence[Pair], Sequence[Pair]]) -> dict[str, list[list[str]]]:
-    def digest(pair: Pair) -> str:
-        return hashlib.sha256(f"{pair.harmful}\0{pair.benign}".encode()).hexdigest()[:16]
+def split_record(
+    splits: tuple[Sequence[Pair], Sequence[Pair]], also: tuple[Sequence[Prompt], Sequence[Prompt]] = ((), ())
+) -> dict[str, list[list[str]]]:
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    return {n: [[p.id, digest(p)] for p in pairs] for n, pairs in zip(("train", "calibration"), splits, strict=True)}
+    names = ("train", "calibration")
+    pairs = {n: [[p.id, digest(f"{p.harmful}\0{p.benign}")] for p in of] for n, of in zip(names, splits, strict=True)}
+    further = {f"also {n}": [[p.id, digest(p.text)] for p in of] for n, of in zip(names, also, strict=True) if of}
+    return pairs | further
 
 
 def openings_of(config: CircuitConfig) -> Openings:
@@ -112,7 +140,8 @@ def held_out_sets(
         sets.append(PromptSet(name, OOD_BENIGN, read_prompts(source, Bucket.BENIGN_KEEP, limit=config.held_out_limit)))
     _check_names(sets)
     run_pairs = [p for split in pairs_of(config) for p in split]
-    harmful, benign = [p.harmful for p in run_pairs], [p.benign for p in run_pairs]
+    also = [p.text for split in also_benign(config) for p in split]
+    harmful, benign = [p.harmful for p in run_pairs], [*(p.benign for p in run_pairs), *also]
     seen = {normalised(text) for text in (*harmful, *benign)}
     unseen = []
     for s in sets:
@@ -152,7 +181,7 @@ def own_answers(
     if config.arithmetic.retain == "none":
         return ()
     path = folder / "own_answers.jsonl"
-    prompts = list({p.text: p for p in benign_prompts(train)}.values())
+    prompts = list({p.text: p for p in (*benign_prompts(train), *also_benign(config)[0])}.values())
     if not path.exists():
         tick = means.stage("the base's own benign answers", len(prompts))
         decoding = Decoding(max_new_tokens=config.own_tokens)

@@ -27,6 +27,7 @@ from paving.circuit.token_pairs import pair_batches, token_pairs
 from paving.circuit_run.config import CircuitConfig
 from paving.circuit_run.folder import load_circuit, open_circuit_run, read_circuit_config, save_circuit
 from paving.circuit_run.inputs import (
+    also_benign,
     benign_prompts,
     harmful_prompts,
     held_out_sets,
@@ -53,8 +54,9 @@ class NoStrengthError(RunError):
 def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
     """EAP-IG over the training pairs -> the circuit, in circuit.json; taken from there if it is."""
     train, calibration = pairs_of(config)  # a bad file is refused before a model is loaded or a folder made
+    also = also_benign(config)[1]
     if not (folder / "circuit.json").exists():
-        check_enough(len(calibration), config.strength.limit)
+        check_enough(len(calibration) + len(also), config.strength.limit)
     phrases = openings_of(config)
     if config.held_out is not None:
         held_out_sets(config, {})  # not after hours of training
@@ -108,7 +110,7 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
     if alpha is None and chosen is None:
         raise NoStrengthError(
             f"no α of {', '.join(f'{a:g}' for a in config.strength.alphas)} keeps benign over-refusal within "
-            f"{config.strength.limit:.1%} of {len(calibration)} calibration prompts, as (refused + 1) / (n + 1), with no "
+            f"{config.strength.limit:.1%} of {points[0].n_benign} calibration prompts, as (refused + 1) / (n + 1), with no "
             f"more answers broken beyond the base's ({_curve(points)}). "
             f"Take one all the same with --alpha, or another recipe in another folder. Δθ and the curve are kept."
         )
@@ -247,7 +249,7 @@ def strengths_of(
     labels = labels_of(judge or means.judge(config.judge))
     shorter = config.strength.max_new_tokens
     decoding = config.decoding if shorter is None else Decoding(max_new_tokens=shorter)
-    harmful, benign = harmful_prompts(calibration), benign_prompts(calibration)
+    harmful, benign = harmful_prompts(calibration), [*benign_prompts(calibration), *also_benign(config)[1]]
     return sweep(
         backbone, harmful, benign, at, strengths, labels, decoding,
         enough=config.strength.enough, known=known, keep=keep, stage=means.stage,
@@ -261,9 +263,13 @@ def calibration_point(chosen: StrengthPoint | None) -> dict[str, object]:
 def made_by(config: CircuitConfig, splits: tuple[Sequence[Pair], Sequence[Pair]]) -> dict[str, object]:
     """What a delta says of how it was made and measured: enough to make it again, and no path of this machine."""
     settings = config.model_dump(mode="json", exclude={"model", "category", "weight_steering"})
-    named = {key: Path(settings[key]).name for key in ("pairs", "held_out", "openings") if settings[key] is not None}
+    named = {
+        key: Path(settings[key]).name
+        for key in ("pairs", "held_out", "also_benign", "openings")
+        if settings[key] is not None
+    }
     digests = {
-        "pairs_sha256": sha256(json.dumps(split_record(splits)).encode()).hexdigest(),
+        "pairs_sha256": sha256(json.dumps(split_record(splits, also_benign(config))).encode()).hexdigest(),
         "openings_sha256": sha256(json.dumps(asdict(openings_of(config))).encode()).hexdigest(),
     }
     settings["calibration_pairs"] = settings.pop("calibration")  # `calibration` is what they showed at the chosen α

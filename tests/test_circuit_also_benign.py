@@ -1,0 +1,77 @@
+"""Benign prompts that are no side of a pair: kept answered by the retain term, counted where α is chosen, never held out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from paving.circuit_run import edit, evaluate, find
+from paving.circuit_run.inputs import also_benign
+from paving.generation import load_completions
+from paving.prompts.types import Bucket
+from paving.run import Means
+from paving.run_folder import RunError
+from tiny_circuit_runs import WordJudge, run_whole, tiny_circuit, write_circuit_files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_circuit_files(tmp_path_factory.mktemp("also"))
+
+
+@pytest.fixture
+def means(tmp_path):
+    return Means.default(cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def also(tmp_path):
+    """Ten prompts in five groups."""
+    path = tmp_path / "also.jsonl"
+    rows = [{"id": f"a{i}", "prompt": f"w{40 + i} w7 w{i}", "focus": f"g{i % 5}"} for i in range(10)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def test_a_group_trains_or_chooses_alpha_and_the_package_brings_some(files, also):
+    train, calibration = also_benign(tiny_circuit(files, also_benign=str(also)))
+    assert (len(train), len(calibration)) == (8, 2)
+    assert not {p.group for p in train} & {p.group for p in calibration}
+    assert {p.bucket for p in (*train, *calibration)} == {Bucket.BENIGN_KEEP}
+    other = also_benign(tiny_circuit(files, also_benign=str(also), seed=1))
+    assert {p.id for p in other[1]} != {p.id for p in calibration} or {p.id for p in other[0]} != {p.id for p in train}
+    starter = also_benign(tiny_circuit(files, also_benign="starter"))
+    assert sum(map(len, starter)) == 156 and len(starter[1]) >= 20
+    assert also_benign(tiny_circuit(files)) == ((), ())
+
+
+def test_they_are_retained_counted_and_kept_out_of_what_is_held_out(files, also, tmp_path, means):
+    folder, held_out = tmp_path / "run", tmp_path / "benign.jsonl"
+    known = json.loads(also.read_text(encoding="utf-8").splitlines()[0])["prompt"]
+    held_out.write_text(
+        "".join(json.dumps({"prompt": t}) + "\n" for t in (known.upper(), "w90 w3", "w91 w5")), encoding="utf-8"
+    )
+    run_whole(files, folder, means, also_benign=str(also))
+    train, calibration = also_benign(tiny_circuit(files, also_benign=str(also)))
+    retained = {a.id for a in load_completions(folder / "own_answers.jsonl")}
+    assert {p.id for p in train} <= retained and not {p.id for p in calibration} & retained
+    points = json.loads((folder / "strengths.json").read_text(encoding="utf-8"))["points"]
+    assert {p["n_benign"] for p in points} == {4 + len(calibration)} and {p["n_harmful"] for p in points} == {4}
+    metrics = evaluate(folder, means, ood_benign=[str(held_out)], judge=WordJudge())
+    assert metrics.rows[1].sets["benign-benign"].refused.n == 2 and metrics.left_out == 1
+    recipe = json.loads((folder / "delta" / "delta.json").read_text(encoding="utf-8"))["components"][0]["recipe"]
+    assert recipe["also_benign"] == "also.jsonl"
+
+
+def test_what_changes_under_a_run_or_is_too_little_is_refused(files, also, tmp_path, means):
+    folder = tmp_path / "run"
+    find(tiny_circuit(files, also_benign=str(also)), folder, means)
+    kept = also.read_text(encoding="utf-8")
+    also.write_text(kept.replace("w7", "w8"), encoding="utf-8")
+    with pytest.raises(RunError, match=r"also\.jsonl has changed since"):
+        edit(folder, means, judge=WordJudge())
+    also.write_text(kept.splitlines()[0] + "\n", encoding="utf-8")
+    with pytest.raises(RunError, match="holds 1 groups of prompts"):
+        find(tiny_circuit(files, also_benign=str(also)), tmp_path / "other", means)
+    assert not (tmp_path / "other").exists()
