@@ -89,6 +89,7 @@ def edit_circuit(
 @one_line_errors
 def evaluate_circuit(
     folder: RunFolder,
+    held_out: Annotated[str | None, typer.Option(help="Held-out pairs, for a run that was begun without.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Further rows: inverse, random, as, cast, ws.")] = None,
     ood: Annotated[list[str] | None, typer.Option(help="Prompt files or datasets of other sources.")] = None,
     ood_benign: Annotated[
@@ -113,8 +114,9 @@ def evaluate_circuit(
 
     with means_of(device, trust_remote_code, quiet=as_json) as means:
         metrics = evaluate(
-            folder, means, against=against or (), ood=ood or (), ood_benign=ood_benign or (), deltas=delta or ()
-        )
+            folder, means,
+            held_out=held_out, against=against or (), ood=ood or (), ood_benign=ood_benign or (), deltas=delta or (),
+        )  # fmt: skip
     if as_json:
         print(metrics.model_dump_json(indent=1))
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 from paving.backbone import Backbone
 from paving.circuit.delta import Delta, with_metrics
 from paving.circuit.delta_files import load_delta, save_delta, weights_sha256
+from paving.circuit_run.config import CircuitConfig
 from paving.circuit_run.fitting import Deferred, Fitting, points_of, recipe_key
 from paving.circuit_run.folder import load_circuit, read_circuit_config
 from paving.circuit_run.inputs import held_out_sets, run_pairs, set_name
@@ -45,6 +46,7 @@ def evaluate(
     folder: Path,
     means: Means,
     *,
+    held_out: str | None = None,
     against: Sequence[str] = (),
     ood: Sequence[str] = (),
     ood_benign: Sequence[str] = (),
@@ -53,6 +55,7 @@ def evaluate(
 ) -> PolicyMetrics:
     """Base, the edit at its α, and every row of `against` at the strength that the same rule chooses for it.
 
+    held_out further pairs, for a run that was begun without: they play no part in circuit, Δθ or α
     against  rows of paving.circuit_run.rows: inverse, random, as, cast, ws
     ood      prompt files or datasets that the circuit was not found on; what they should do is not judged, only what changed
     ood_benign  the same of prompts that are not to be refused: other kinds than the benign pairs that were trained on
@@ -67,7 +70,8 @@ def evaluate(
     names, sources, benign_sources = with_earlier(folder, against, ood, ood_benign)
     others = [comparator(name) for name in names]  # an unknown row is refused before minutes are spent
     further = further_deltas(folder, deltas, means)
-    sets, left_out = held_out_sets(config, sources, benign_sources)
+    asked = with_held_out(config, folder, held_out)
+    sets, left_out = held_out_sets(asked, sources, benign_sources)
     if not (folder / "delta").exists():
         raise RunError(f"{folder} has no finished delta. Train it first: paving circuit edit {folder}")
     delta = load_delta(folder / "delta")
@@ -116,6 +120,7 @@ def evaluate(
         judge=protocol.judge.name,
         decoding=config.decoding.model_dump(),
         pairs={"train": len(train), "calibration": len(calibration), "held_out": len(sets[0].prompts)},
+        held_out=None if asked is config else asked.held_out,
         ood=sources,
         ood_benign=benign_sources,
         deltas={name: os.path.relpath(path, folder.resolve()) for name, (path, _) in further.items()},
@@ -164,6 +169,24 @@ def card_metrics(row: PolicyRow, *, composed: bool = False) -> dict[str, dict]:
     found = {names.get(s.side, f"refusal_of_{name}"): s.refused.model_dump() for name, s in told.items()}
     broken = {f"{name}_broken": s.broken.model_dump() for name, s in row.sets.items() if s.side in (CATEGORY, BENIGN)}
     return found | broken
+
+
+def with_held_out(config: CircuitConfig, folder: Path, held_out: str | None) -> CircuitConfig:
+    """The configuration with the held-out pairs that were asked for now or, where it names none, in an earlier evaluation.
+
+    raises RunError where the run names others
+    """
+    if config.held_out is not None:
+        if held_out not in (None, config.held_out):
+            raise RunError(
+                f"{folder} was begun with the held-out pairs {config.held_out}; its rows are of them. Leave --held-out out, "
+                "or begin another run with yours."
+            )
+        return config
+    with suppress(FileNotFoundError, ValueError):
+        earlier = PolicyMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8")).held_out
+        held_out = held_out or earlier
+    return config if held_out is None else config.model_copy(update={"held_out": held_out})
 
 
 def with_earlier(

@@ -121,7 +121,7 @@ def held_out_sets(
     if config.held_out is None:
         raise RunError(
             "this run has no held-out pairs: what the calibration split shows, α was chosen on. "
-            "Start another with --held-out FILE (pairs of the same layout)."
+            "Give some: paving circuit evaluate RUN --held-out FILE (pairs of the same layout)."
         )
 
     others = config.others_limit or config.held_out_limit

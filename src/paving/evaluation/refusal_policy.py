@@ -86,6 +86,7 @@ class PolicyMetrics(Record):
     owners_alpha        whether the edit's α is its owner's, and not the one that the limit chooses
     touched             share of the parameters
     ood, ood_benign     name of a set of further prompts -> file or dataset
+    held_out            the pairs that were asked, where the run's configuration names none
     deltas              name of a row -> folder of the further delta that it measures, seen from the run's
     left_out            held-out prompts that stand among the run's own pairs, and were not asked
     """
@@ -100,6 +101,7 @@ class PolicyMetrics(Record):
     pairs: dict[str, int]
     ood: dict[str, str] = Field(default_factory=dict)
     ood_benign: dict[str, str] = Field(default_factory=dict)
+    held_out: str | None = None
     deltas: dict[str, str] = Field(default_factory=dict)
     left_out: int = 0
     over_refusal_limit: float

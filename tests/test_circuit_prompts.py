@@ -1,4 +1,4 @@
-"""Benign prompts that are no side of a pair: kept answered by the retain term, counted where α is chosen, never held out."""
+"""Which prompts a circuit run asks: benign ones that are no side of a pair, and held-out pairs that are given later."""
 
 from __future__ import annotations
 
@@ -75,3 +75,14 @@ def test_what_changes_under_a_run_or_is_too_little_is_refused(files, also, tmp_p
     with pytest.raises(RunError, match="holds 1 groups of prompts"):
         find(tiny_circuit(files, also_benign=str(also)), tmp_path / "other", means)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_was_begun_without_held_out_pairs_is_given_some_later(files, tmp_path, means):
+    folder, test = tmp_path / "run", str(files / "test.jsonl")
+    run_whole(files, folder, means, held_out=None)
+    first = evaluate(folder, means, held_out=test, judge=WordJudge())
+    assert evaluate(folder, means, judge=WordJudge()).rows == first.rows  # remembered
+    run_whole(files, tmp_path / "with", means)
+    assert evaluate(tmp_path / "with", means, judge=WordJudge()).rows == first.rows  # they decide nothing that was trained
+    with pytest.raises(RunError, match="was begun with the held-out pairs"):
+        evaluate(tmp_path / "with", means, held_out=str(files / "train.jsonl"), judge=WordJudge())
