@@ -61,7 +61,7 @@ def main() -> int:
 def serve(arguments: Sequence[str]) -> int:
     """What `paving serve` starts, in this process."""
     from paving.serving.command import SERVER, server_command
-    from paving.serving.entry import CONTROLLER
+    from paving.serving.environment import CONTROLLER
 
     folder, port, *extra = arguments
     command, environment = server_command(folder, model=None, host="127.0.0.1", port=int(port), extra=extra)

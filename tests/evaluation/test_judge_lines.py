@@ -15,7 +15,7 @@ from paving.backbone import BackboneError
 from paving.evaluation.judges import Exchange, JudgeLine, RuleJudge, judge_from, judge_line, model_judge
 from paving.evaluation.judges.classifiers import ClassifierJudge
 from paving.evaluation.judges.guards import LlamaGuardJudge, WildGuardJudge
-from paving.evaluation.judges.named import KINDS
+from paving.evaluation.judges.kinds import KINDS
 from paving.evaluation.judges.rubric import RubricJudge
 from paving.evaluation.judges.tiered import TieredJudge
 from paving.evaluation.judges.untrusted import JudgeError

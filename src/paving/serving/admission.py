@@ -13,7 +13,7 @@ from typing import Any
 from paving.controller.paved_model import controller_folder
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import read_description
-from paving.serving.entry import ALLOW_ORACLE
+from paving.serving.environment import ALLOW_ORACLE
 from paving.serving.served import Asked, asked_for
 
 POLICY, BUCKET, VETO = "paving_policy", "paving_bucket", "paving_veto"  # of a request's extra arguments

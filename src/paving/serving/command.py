@@ -11,7 +11,7 @@ from pathlib import Path
 from paving.backbone.embedded import EMBEDDED, embedded_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.store import ControllerError, read_controller
-from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
+from paving.serving.environment import ALLOW_ORACLE, CONTROLLER
 
 SERVER = "vllm.entrypoints.openai.api_server"
 NEEDED = (

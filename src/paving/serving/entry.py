@@ -1,12 +1,11 @@
-"""The entry point. Nothing of ours is imported at its top: vLLM logs what fails to import and serves without it, while what
-fails inside `register` stops the server."""
+"""The entry point. Nothing that could fail is imported at its top: vLLM logs what fails to import and serves without it,
+while what fails inside `register` stops the server."""
 
 from __future__ import annotations
 
 import os
 
-CONTROLLER = "PAVING_CONTROLLER"
-ALLOW_ORACLE = "PAVING_ALLOW_ORACLE"  # 1: requests may give their prompt's true bucket, and ask for the oracle
+from paving.serving.environment import CONTROLLER
 
 
 def register() -> None:

@@ -24,7 +24,7 @@ from paving.processes import rank_and_world
 from paving.prompts.types import Prompt
 from paving.serving.admission import BUCKET, POLICY, VETO
 from paving.serving.command import NEEDED, local_checkpoint
-from paving.serving.entry import ALLOW_ORACLE, CONTROLLER
+from paving.serving.environment import ALLOW_ORACLE, CONTROLLER
 from paving.serving.plugin import ServingError, install, installed
 from paving.serving.told import FIELD, Told, as_told
 

@@ -29,7 +29,7 @@ from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import read_controller, read_description
 from paving.serving import admission, answers
 from paving.serving.admission import asked, diagnostics_allowed, makes_a_promise
-from paving.serving.entry import CONTROLLER
+from paving.serving.environment import CONTROLLER
 from paving.serving.served import Served
 from paving.serving.steps import spans_of
 from paving.serving.told import FIELD

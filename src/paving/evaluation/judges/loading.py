@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from paving.backbone import Backbone, BackboneError, as_backbone, load_backbone
 from paving.evaluation.judges.classifiers import Classifier, ClassifierJudge, ClassNames, preset_names
 from paving.evaluation.judges.guards import WILDGUARD_FORMAT, LlamaGuardJudge, WildGuardJudge
-from paving.evaluation.judges.named import KINDS
+from paving.evaluation.judges.kinds import KINDS
 from paving.evaluation.judges.protocol import Judge
 from paving.evaluation.judges.rubric import RubricJudge
 from paving.evaluation.judges.tiered import TieredJudge

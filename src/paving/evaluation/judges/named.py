@@ -19,10 +19,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from paving.evaluation.judges.kinds import KINDS
 from paving.evaluation.judges.protocol import Judge
 from paving.evaluation.judges.rules import RuleJudge
 
-KINDS = ("rubric", "classifier", "wildguard", "llama-guard", "tiered")
 ALLOWED = (
     "rules, "
     + ", ".join(f"hf:{kind}=MODEL" for kind in KINDS[:-1])
