@@ -36,12 +36,15 @@ def main() -> None:
     absent = [full for full in runs.values() if not (full / "metrics.json").exists()]
     if absent and (not arguments.finished or len(absent) == len(runs)):  # all of them before the first hour is spent
         sys.exit(f"{absent[0]} is not there. Run first: python benchmarks/protocols.py {arguments.protocol} --data DIR")
+    trained = [n for n in arguments.only if n != "rows"]
+    for full, name in [] if arguments.finished else [(full, name) for full in runs.values() for name in trained]:
+        # Also of variants that are finished: all rows of a seed share the scale of its full recipe.
+        check_run(variant_of(full, name), arguments.out / "ablations" / full.name / name)
     for seed, full in {} if arguments.finished else runs.items():
         if "rows" in arguments.only:
             evaluate(full, means, policies=ROW_POLICIES, mixtures=ROW_MIXTURES)
-        for name in [n for n in arguments.only if n != "rows"]:
+        for name in trained:
             folder = arguments.out / "ablations" / full.name / name
-            check_run(variant_of(full, name), folder)  # also of one that is finished: all rows of a seed share its scale
             if (folder / "metrics.json").exists():
                 continue
             say(f"--- {arguments.protocol}, seed {seed}: {name}")

@@ -9,7 +9,8 @@ rules    The rule judge is stricter with benign prompts (moral talk alone is no 
 benign   Over-refusal is measured on the kind of benign prompt that the retain term was trained on. Here XSTest's safe
          prompts, which look unsafe, and Alpaca's are asked of the base and of every selective edit at its α.
 
-Counts, and no prompt or answer, are written to --kept. Intervals are of one run's prompts, which all runs share.
+Counts, and no prompt or answer, are written to --kept. Intervals are of one run's prompts, which all runs share; seeds in
+brackets.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -39,13 +41,14 @@ EDIT, SELECTIVE = "c-delta-theta", "selective"
 
 
 class Kept(BaseModel):
-    """rules: run -> row -> side -> rule -> (refused, n). benign: run, or `base` -> source -> (refused, broken, n)"""
+    """rules: run -> row -> side -> rule -> (refused, n). benign: run, or `base` -> source -> (refused, broken, n).
+    state: run, or `base` -> what its benign counts are of: edit, prompts, decoding, judge"""
 
     model_config = ConfigDict(extra="forbid")
 
     rules: dict[str, dict[str, dict[str, dict[str, tuple[int, int]]]]] = {}
     benign: dict[str, dict[str, tuple[int, int, int]]] = {}
-    deltas: dict[str, str] = {}
+    state: dict[str, str] = {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path(".bench/circuits"))
     parser.add_argument("--kept", type=Path, default=Path(__file__).parent / "measured" / "circuit-checks.json")
     parser.add_argument("--only", nargs="+", choices=("rules", "benign"), default=["rules", "benign"])
-    parser.add_argument("--limit", type=int, default=100, help="prompts of every other source")
+    parser.add_argument("--alpaca", type=int, default=100, help="prompts of Alpaca; XSTest's safe ones are all asked")
     parser.add_argument("--finished", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -65,10 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not folders:
             sys.exit(f"no finished run is in {args.runs}. Run first: python benchmarks/circuits.py --data {args.data}")
         if "rules" in args.only:
-            kept.rules = {f.name: by_both_rules(f, means.judge("rules")) for f in folders}
+            kept.rules |= {f.name: by_both_rules(f, means.judge("rules")) for f in folders}
             keep(kept, args.kept)
         if "benign" in args.only:
-            ask_benign(args, kept, [f for f in folders if f.name.endswith(SELECTIVE)], means)
+            selective = [f for f in folders if f.name.endswith(SELECTIVE)]
+            if not selective:
+                sys.exit(f"no finished selective run is in {args.runs}: benign prompts are asked of those.")
+            ask_benign(args, kept, selective, means)
     if not kept.rules and not kept.benign:
         sys.exit(f"nothing is measured in {args.kept}.")
     print(kept.model_dump_json(indent=1) if args.json else markdown(kept))
@@ -91,24 +97,27 @@ def by_both_rules(folder: Path, judge: Judge) -> dict[str, dict[str, dict[str, t
 
 
 def ask_benign(args: argparse.Namespace, kept: Kept, folders: Sequence[Path], means: Means) -> None:
+    limits = {"alpaca": args.alpaca}
     prompts = {
-        name: read_prompts(f"{args.data}/{source}", Bucket.BENIGN_KEEP, limit=args.limit) for name, source in SOURCES.items()
+        name: read_prompts(f"{args.data}/{source}", Bucket.BENIGN_KEEP, limit=limits.get(name))
+        for name, source in SOURCES.items()
     }
+    asked = sha256(json.dumps([[p.asked for p in each] for each in prompts.values()]).encode()).hexdigest()[:16]
     for folder in (None, *folders):
         name = folder.name if folder else "base"
         delta = load_delta(folder / "delta") if folder else None
-        state = f"{weights_sha256(delta)}/{delta.alpha:g}" if delta else "base"
-        known = kept.benign.get(name, {})
-        if kept.deltas.get(name) == state and all(known.get(s, (0, 0, 0))[2] == len(p) for s, p in prompts.items()):
+        config = read_circuit_config(folder or folders[0])
+        edited = f"{weights_sha256(delta)}/{delta.alpha:g}" if delta else "base"
+        state = f"{edited}/{asked}/{config.decoding.model_dump_json()}/{config.judge}"
+        if kept.state.get(name) == state:
             continue
         say(f"--- {name}")
-        config = read_circuit_config(folder or folders[0])
         backbone = means.load(config.model, config.dtype)
         edit: Intervention = delta.edit() if delta else Identity()
         judge = means.judge(config.judge)
         answered = {s: generate(backbone, list(p), edit, config.decoding) for s, p in prompts.items()}
         kept.benign[name] = {source: counts(answers, judge) for source, answers in answered.items()}
-        kept.deltas[name] = state
+        kept.state[name] = state
         keep(kept, args.kept)
 
 
@@ -150,23 +159,32 @@ def benign_table(kept: Kept) -> list[str]:
     heads = [f"{source}: refused % | broken %" for source in SOURCES]
     lines = [f"| edit | runs | {' | '.join(heads)} |", "| --- " * (2 + 2 * len(SOURCES)) + "|"]
     for name, runs in grouped(kept.benign):
-        cells = []
+        cells: list[str] = []
         for source in SOURCES:
-            refused, broken, n = (sum(run[source][i] for run in runs) for i in range(3))
-            prompts = max(run[source][2] for run in runs)
+            refused, broken, n = (sum(run[source][i] for run in runs.values()) for i in range(3))
+            prompts = max(run[source][2] for run in runs.values())
             rate = wilson(round(refused / n * prompts), prompts)
-            cells += [f"{percents(refused / n)} [{percents(rate.low)}, {percents(rate.high)}]", percents(broken / n)]
+            seeds = f" ({', '.join(percents(s) for s in by_seed(runs, source))})" if len(runs) > 1 else ""
+            cells += [f"{percents(refused / n)} [{percents(rate.low)}, {percents(rate.high)}]{seeds}", percents(broken / n)]
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     return lines
 
 
-def grouped(benign: dict[str, dict[str, tuple[int, int, int]]]) -> Iterator[tuple[str, list]]:
-    yield "base", [benign["base"]]
+def by_seed(runs: Mapping[str, Mapping[str, tuple[int, int, int]]], source: str) -> list[float]:
+    """The share refused in the runs of each seed."""
+    seeds: dict[str, list[tuple[int, int, int]]] = {}
+    for name, found in sorted(runs.items()):
+        seeds.setdefault(name.split("-")[1], []).append(found[source])
+    return [sum(k for k, _, _ in each) / sum(n for _, _, n in each) for _, each in sorted(seeds.items())]
+
+
+def grouped(benign: dict[str, dict[str, tuple[int, int, int]]]) -> Iterator[tuple[str, dict]]:
+    yield "base", {"base": benign["base"]}
     edits = {name: found for name, found in benign.items() if name != "base"}
     for category in CATEGORIES:
-        if found := [run for name, run in edits.items() if name.startswith(f"{category}-")]:
+        if found := {name: run for name, run in edits.items() if name.startswith(f"{category}-")}:
             yield category, found
-    yield "all", list(edits.values())
+    yield "all", edits
 
 
 if __name__ == "__main__":

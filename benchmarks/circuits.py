@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out", type=int, default=100, help="held-out pairs of a category")
     parser.add_argument("--others", type=int, default=10, help="prompts of every other category and source")
     parser.add_argument(
-        "--also-benign", help="further benign prompts of the selective recipe, as `starter`; give another --kept"
+        "--also-benign", help="further benign prompts of the selective recipe, as `starter`; with another --out and --kept"
     )
     parser.add_argument("--published-pairs", type=int, default=300, help="of the published recipe, those for α included")
     add_shared(parser)
@@ -247,12 +247,16 @@ def by_seed(mine: Sequence[tuple[Run, PolicyRow]]) -> dict[int, dict[str, float]
 
 
 def mean_reached(curves: Sequence[tuple[Run, Sequence[FrontierPoint]]]) -> dict | None:
-    """What `reached` says of every curve: their mean, and that of each seed."""
-    found = [(run.seed, y) for run, curve in curves if (y := reached(curve, LIMIT)) is not None]
+    """What `reached` says of every curve: the mean over categories of their means over seeds, and over the categories of
+    each seed that has them all."""
+    found = {(run.category, run.seed): y for run, curve in curves if (y := reached(curve, LIMIT)) is not None}
     if not found:
         return None
-    seeds = {seed: fmean(y for of, y in found if of == seed) for seed in sorted({seed for seed, _ in found})}
-    return {"rate": fmean(y for _, y in found), "by_seed": seeds, "runs": len(found)}
+    categories, seeds = (sorted(set(keys)) for keys in zip(*found, strict=True))
+    of_category = [fmean(y for (c, _), y in found.items() if c == category) for category in categories]
+    whole = {s: [found[c, s] for c in categories if (c, s) in found] for s in seeds}
+    by_seed = {seed: fmean(each) for seed, each in whole.items() if len(each) == len(categories)}
+    return {"rate": fmean(of_category), "by_seed": by_seed, "runs": len(found)}
 
 
 def pooled(counts: Sequence[tuple[int, int]]) -> dict:
@@ -324,7 +328,8 @@ def markdown(summary: dict) -> str:
         cells += [shown(row["mean"].get(side)) for side in sides[2:]]
         absent = f" ({row['without_strength']} without α)" if row["without_strength"] else ""
         limit = row["at_limit"]
-        at_limit = percents(limit["rate"]) + listed(limit["by_seed"].values()) if limit else "n/a"
+        seeds = listed(limit["by_seed"].values()) if limit and len(limit["by_seed"]) > 1 else ""
+        at_limit = f"{percents(limit['rate'])}{seeds}" if limit else "n/a"
         lines.append(f"| {name} | {row['runs']}{absent} | {' | '.join(cells)} | {at_limit} |")
     categories = list(dict.fromkeys(c for row in summary.values() for c in row["sides"].get("category", {})))
     lines += ["", f"| category / benign refused % | {' | '.join(categories)} |", "| --- |" + " --- |" * len(categories)]

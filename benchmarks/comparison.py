@@ -290,7 +290,8 @@ def against_own(setting: Setting, row: str) -> Cell:
     if found.value is None:
         return missing("no prompts that both have answered (n=0)")
     limits = "[n/a]" if found.low is None or found.high is None else f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return text(f"{100 * found.value:+.1f}", limits, value=100 * found.value)
+    seeds = () if len(both) == len(setting.runs) else (f"({len(both)} of {len(setting.runs)} seeds)",)
+    return text(f"{100 * found.value:+.1f}", limits, *seeds, value=100 * found.value)
 
 
 def successes(run: Run, row: str) -> dict[str, bool]:

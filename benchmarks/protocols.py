@@ -59,11 +59,12 @@ def main() -> None:
     controller = LATE if arguments.route == "late" else PAPER
     name = arguments.protocol if arguments.route == "late" else f"{arguments.protocol}-blocks1-4"
     folders = []
-    for seed in arguments.seeds:
+    configs = {seed: make(arguments.data, arguments.out, organism, seed, controller) for seed in arguments.seeds}
+    for seed, config in configs.items():  # also of seeds that are finished: those of other settings must not be pooled
+        check_run(config, arguments.out / f"{name}-seed{seed}")
+    for seed, config in configs.items():
         means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
         folder = arguments.out / f"{name}-seed{seed}"
-        config = make(arguments.data, arguments.out, organism, seed, controller)
-        check_run(config, folder)  # also of one that is finished: seeds of other settings must not be pooled
         if not (folder / "metrics.json").exists():
             train(config, folder, means)
         if arguments.gate:

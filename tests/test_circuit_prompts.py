@@ -6,12 +6,15 @@ import json
 
 import pytest
 
+from paving.backbone import render_ids
 from paving.circuit_run import edit, evaluate, find
-from paving.circuit_run.inputs import also_benign
+from paving.circuit_run.fitting import recipe_key
+from paving.circuit_run.inputs import also_benign, own_answers, pairs_of
 from paving.generation import load_completions
 from paving.prompts.types import Bucket
 from paving.run import Means
 from paving.run_folder import RunError
+from paving.traces.store import TraceStore
 from tiny_circuit_runs import WordJudge, run_whole, tiny_circuit, write_circuit_files
 
 
@@ -62,6 +65,36 @@ def test_they_are_retained_counted_and_kept_out_of_what_is_held_out(files, also,
     assert metrics.rows[1].sets["benign-benign"].refused.n == 2 and metrics.left_out == 1
     recipe = json.loads((folder / "delta" / "delta.json").read_text(encoding="utf-8"))["components"][0]["recipe"]
     assert recipe["also_benign"] == "also.jsonl"
+
+
+def test_a_text_stands_on_one_side_alone_and_none_that_a_pair_has(files, tmp_path):
+    pair = json.loads((files / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    texts = [pair["base"].upper(), pair["harm"], *(["w60 w61 w62 w63 w64"] * 4), *(f"w{70 + i} w3 w{i}" for i in range(6))]
+    path = tmp_path / "repeated.jsonl"
+    path.write_text("".join(json.dumps({"id": f"r{i}", "prompt": t}) + "\n" for i, t in enumerate(texts)), encoding="utf-8")
+    for seed in range(4):
+        found = [p.text for side in also_benign(tiny_circuit(files, also_benign=str(path), seed=seed)) for p in side]
+        assert len(found) == len(set(found)) == 7 and not {pair["base"].upper(), pair["harm"]} & set(found)
+
+
+def test_what_is_retained_is_asked_behind_its_own_system_prompt(files, also, tmp_path, means):
+    rows = [json.loads(line) | {"system": "w150 w151"} for line in also.read_text(encoding="utf-8").splitlines()]
+    also.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    config = tiny_circuit(files, also_benign=str(also))
+    backbone = means.load(config.model, config.dtype)
+    train, _ = pairs_of(config)
+    (tmp_path / "run").mkdir()
+    found = {tuple(e.prompt) for e in own_answers(backbone, config, train, tmp_path / "run", means)}
+    wanted = {tuple(render_ids(backbone, p.text, system="w150 w151")) for p in also_benign(config)[0]}
+    assert found & wanted and not found & {tuple(render_ids(backbone, p.text)) for p in also_benign(config)[0]}
+
+
+def test_the_names_of_finished_rows_are_those_of_before_the_option(files, also):
+    config = tiny_circuit(files)
+    assert recipe_key(config, "random", 0.5) != recipe_key(tiny_circuit(files, also_benign=str(also)), "random", 0.5)
+    settings = config.model_dump(mode="json")
+    del settings["also_benign"]
+    assert recipe_key(config, "random", 0.5) == TraceStore.key(config=settings, row="random", strength=0.5)
 
 
 def test_what_changes_under_a_run_or_is_too_little_is_refused(files, also, tmp_path, means):

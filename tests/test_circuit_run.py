@@ -51,7 +51,7 @@ def test_a_run_leaves_circuit_delta_curve_metrics_and_report(files, tmp_path, me
     card = json.loads((folder / "delta" / "delta.json").read_text(encoding="utf-8"))
     assert card["components"][0]["metrics"]["benign_over_refusal"]["n"] == 4
     recipe = card["components"][0]["recipe"]
-    assert (recipe["pairs"], recipe["judge"], recipe["fraction"]) == ("train.jsonl", "rules", 0.15)
+    assert (recipe["pairs"], recipe["judge"], recipe["fraction"]) == ("train.jsonl", "words-1", 0.15)
     assert recipe.keys() >= {"pairs_sha256", "openings_sha256", "own_tokens", "decoding", "calibration_pairs"}
     assert recipe["calibration"]["n_benign"] == recipe["calibration_pairs"]
     assert str(tmp_path) not in json.dumps(card) and str(files) not in json.dumps(card)  # it is shared
@@ -257,13 +257,19 @@ def test_a_base_whose_edit_cannot_be_exported_is_said_before_anything_is_found(f
     assert "is bfloat16 here, and F32 in" in line
 
 
-def test_a_recipe_by_name_is_that_of_the_command(files):
-    given = {"pairs": "p.jsonl", "category": "harm", "arithmetic": {"batch_size": 4}}
+def test_a_judge_is_named_without_folders_and_addresses(tmp_path):
+    assert stages.public_judge(f"hf:rubric={tmp_path}/model") == "rubric=model"
+    assert stages.public_judge("api:openai/gpt-4o-mini,base_url=http://10.0.0.1:8000") == "api=openai/gpt-4o-mini"
+    assert [stages.public_judge(judge) for judge in ("rules", "words-1")] == ["rules", "words-1"]
+
+
+def test_a_recipe_by_name_is_that_of_the_command():
+    given = {"pairs": "p.jsonl", "category": "harm"}
     config = CircuitConfig.of_recipe("selective", **given)
-    assert config == circuit_config(None, "selective", reading=None, seed=None, pairs="p.jsonl", category="harm").model_copy(
-        update={"arithmetic": config.arithmetic}
-    )
-    assert (config.fraction, config.arithmetic.retain, config.arithmetic.batch_size) == (0.06, "kl", 4)
+    assert config == circuit_config(None, "selective", reading=None, seed=None, **given)
+    assert (config.fraction, config.arithmetic.retain, config.arithmetic.minus) == (0.06, "kl", False)
+    smaller = CircuitConfig.of_recipe("selective", **given, arithmetic={"batch_size": 4}).arithmetic
+    assert smaller == config.arithmetic.model_copy(update={"batch_size": 4})  # the recipe goes over it setting by setting
     with pytest.raises(ValueError, match="allowed: published, selective"):
         CircuitConfig.of_recipe("other", **given)
 

@@ -250,8 +250,15 @@ def test_a_run_behind_a_system_prompt_trains_evaluates_and_searches_behind_it(se
     assert {p.system for p in recorded_split(config, tmp_path / "run").held_out} == {"w150 w151"}
     for folder in (tmp_path / "run", tmp_path / "gate"):  # whoever loads it knows what to put before a conversation
         assert PavedModel.from_pretrained(folder / "controller", model=config.model).system == "w150 w151"
+    description = tmp_path / "run" / "controller" / "controller.json"
+    before = json.loads(description.read_text(encoding="utf-8"))
+    del before["trained_on"]["system"]  # a run of before: its own configuration still knows
+    description.write_text(json.dumps(before), encoding="utf-8")
+    assert PavedModel.from_pretrained(tmp_path / "run").system == "w150 w151"
     PavedModel.from_pretrained(tmp_path / "gate").save_pretrained(tmp_path / "shared")
-    assert "to be served behind it: w150 w151" in (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
+    assert 'to be served behind it, in these characters: "w150 w151"' in (tmp_path / "shared" / "README.md").read_text(
+        encoding="utf-8"
+    )
     with pytest.raises(RunError, match="belongs to another configuration"):
         runs.train(setting[0], tmp_path / "run", setting[1], WordJudge())
 

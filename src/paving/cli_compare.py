@@ -15,7 +15,7 @@ def compare(
     folder: Annotated[Path, typer.Argument(help="Evaluated run folder.")],
     method: Annotated[
         list[str] | None,
-        typer.Option(help="A comparator, may be repeated; residual-paving: the run's own rows alone. Default: all."),
+        typer.Option(help="A comparator, may be repeated; residual-paving asks for none. Default: all."),
     ] = None,
     variant: Annotated[
         list[str] | None,

@@ -164,4 +164,6 @@ def _save(
     write_json(folder / RECORD, record)
     trained_on = read_description(run / "controller").get("trained_on", {})
     trained_on = trained_on | {"gate": record["why"], "promises": [p.sentence() for p in promised]}
+    if config.system is not None:
+        trained_on["system"] = config.system
     save_controller(controller, folder / "controller", {"trained_on": trained_on})

@@ -10,7 +10,7 @@ from paving.backbone import pad_left, render_ids
 from paving.backbone.hooks import edit_module_inputs, edit_module_outputs
 from paving.backbone.projections import ffn_outputs
 from paving.circuit.attribution import AttributionConfig, attribute
-from paving.circuit.mask import CircuitError
+from paving.circuit.mask import CircuitError, check_told_apart
 from paving.circuit.objective import objective, references
 from paving.circuit.pairs import Pair
 from paving.circuit.token_pairs import last_logits
@@ -165,7 +165,14 @@ def test_scores_that_are_no_numbers_choose_no_circuit():
         attribute(tiny_backbone(), PAIRS, lambda logits: logits[:, 7] * float("inf"), AttributionConfig())
 
 
-def test_pairs_that_are_the_same_for_the_model_choose_no_circuit():
+def test_scores_that_tell_no_channel_from_another_choose_no_circuit():
     same = [Pair(p.id, p.harmful, p.harmful) for p in PAIRS]
-    with pytest.raises(CircuitError, match="the same score"):
-        attribute(tiny_backbone(), same, first_logit, AttributionConfig())
+    nothing = attribute(tiny_backbone(), same, first_logit, AttributionConfig())
+    with pytest.raises(CircuitError, match="every channel of layer 1 the same score"):
+        check_told_apart(nothing, "global")
+    scores = attribute(tiny_backbone(), PAIRS, first_logit, AttributionConfig())
+    check_told_apart(scores, "layer")
+    flat = scores | {3: torch.zeros_like(scores[3])}  # gradients that vanished in one layer
+    check_told_apart(flat, "global")  # it is left out
+    with pytest.raises(CircuitError, match="layer 3"):
+        check_told_apart(flat, "layer")

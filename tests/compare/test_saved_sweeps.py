@@ -119,4 +119,14 @@ def test_a_fit_that_takes_long_is_made_once_for_a_comparison_that_was_killed(set
     raised = replace(method, version=2)
     assert Fitting(raised, open_bench(tmp_path / "run", setting[1], WordJudge())).editor is not first
     compare(tmp_path / "run", setting[1], judge=WordJudge(), table=(method,))
-    assert not (tmp_path / "run" / "comparison" / "fits").exists()
+    left = {p.stem for p in (tmp_path / "run" / "comparison" / "fits").iterdir()}
+    assert left == {Fitting(raised, open_bench(tmp_path / "run", setting[1], WordJudge())).key}  # another's stays
+
+    def full(_editor, _path):
+        raise SteeringError("no space left")
+
+    said = []
+    means = replace(setting[1], say=said.append)
+    unkept = stand_in("slow", Fitted(), stored=methods.Stored(full, load), version=3)
+    assert Fitting(unkept, open_bench(tmp_path / "run", means, WordJudge())).editor is not None
+    assert "the fit of slow is not kept: no space left" in said

@@ -12,6 +12,7 @@ from paving.backbone import BackboneError, as_backbone, render_batch
 from paving.backbone.hooks import record_residuals
 from paving.backbone.weights import same_bits
 from paving.backbone.writers import block_writers, stream_tensors
+from paving.compare.methods import EVERYWHERE
 from paving.generation import Decoding, generate
 from paving.prompts.types import Bucket
 from paving.steering.ablation import Ablation
@@ -138,8 +139,8 @@ def test_half_an_ablation_leaves_half_of_what_is_written(llama, batch):
     torch.testing.assert_close(seen["next"], half(between + seen["ffn"]))  # what is k blocks old has lost k + 1 halves
 
 
-@pytest.mark.parametrize("strength", [0.02, 0.1, 0.4])
-def test_bfloat16_takes_away_nearly_what_is_asked(strength):
+@pytest.mark.parametrize("strength", [0.005, 0.02, 0.1, 0.4])
+def test_bfloat16_takes_away_nearly_what_is_asked_from_the_smallest_scale_that_is_tried_on(strength):
     """A step of bfloat16 is 0.4 % of a coordinate: below the smallest scale tried, most of the change is rounded away."""
     g = torch.Generator().manual_seed(0)
     unit = torch.randn(576, generator=g)
@@ -149,7 +150,10 @@ def test_bfloat16_takes_away_nearly_what_is_asked(strength):
     batch = SimpleNamespace(width=1)
     edited = row_edit(ablating(unit), torch.full((64,), strength), batch)(states)
     share = 1 - (edited.float() @ unit).sum() / (states.float() @ unit).sum()
-    assert share.item() == pytest.approx(strength, rel=0.15)
+    if strength < min(EVERYWHERE):
+        assert share.item() < 0.7 * strength
+    else:
+        assert share.item() == pytest.approx(strength, rel=0.15)
 
 
 @pytest.mark.parametrize(("architecture", "tied"), [(a, t) for a in ("llama", "gpt2") for t in (True, False)])

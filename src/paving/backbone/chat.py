@@ -51,23 +51,26 @@ def render_ids(backbone: Backbone, text: str, *, system: str | None = None) -> l
 
     raises BackboneError where the model's chat template takes no system prompt
     """
-    messages = [{"role": "user", "content": text}]
-    if system is None:
-        return render_messages(backbone, messages)
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return render_messages(backbone, [*opening, {"role": "user", "content": text}])
+
+
+def render_messages(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation, ending where the assistant's next answer begins.
+
+    raises BackboneError where the model's chat template takes no system prompt, and it begins with one
+    """
     try:
-        return render_messages(backbone, [{"role": "system", "content": system}, *messages])
+        encoded = backbone.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, **TEMPLATE_ARGUMENTS
+        )
     except TemplateError as error:
+        if not messages or messages[0]["role"] != "system":
+            raise
         raise BackboneError(
             f"the chat template of {backbone.name} takes no system prompt ({error}). Leave it out, or put it before "
             "the prompt's own words."
         ) from error
-
-
-def render_messages(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, ending where the assistant's next answer begins."""
-    encoded = backbone.tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, **TEMPLATE_ARGUMENTS
-    )
     return list(encoded["input_ids"])
 
 

@@ -56,7 +56,7 @@ def attribute(
     From batch to batch only the sums are kept. What a process holds resident is measured in benchmarks/circuit_cost.py.
 
     raises CircuitError without pairs, if no block is left to look at, for a prompt that does not fit the context, and
-    where scores are no numbers or tell no channel from another: a circuit chosen by them would be any
+    where scores are no numbers
     """
     projections = {layer: p for layer, p in ffn_outputs(backbone).items() if layer >= config.first}
     if not pairs or not projections:
@@ -70,16 +70,12 @@ def attribute(
             if not part.isfinite().all():
                 raise CircuitError(
                     f"attribution gives no numbers in layer {layer}: activations or gradients overflow in "
-                    f"{str(projections[layer].weight.dtype).removeprefix('torch.')}. Load the model in bfloat16 or float32."
+                    f"{str(projections[layer].weight.dtype).removeprefix('torch.')}. Load the model in another dtype (dtype "
+                    "in --config; bfloat16 overflows as late as float32), in another run folder."
                 )
             sums[layer] = sums[layer] + part if layer in sums else part
         if tick is not None:
             tick(batch.clean.shape[0])
-    if all(total.unique().numel() == 1 for total in sums.values()):
-        raise CircuitError(
-            "attribution gives every channel of a layer the same score, so there is no circuit to choose: the prompts of a "
-            "pair are the same for this model, or gradients vanish in its dtype. Look at the pairs, or load it in float32."
-        )
     return {layer: total / len(pairs) for layer, total in sums.items()}
 
 

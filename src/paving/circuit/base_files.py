@@ -29,11 +29,7 @@ def circuit_tensors(checkpoint: Checkpoint, delta: Delta) -> dict[int, str]:
     and masks that do not fit
     """
     about, folder = delta.description, checkpoint.folder
-    texts = (checkpoint.config, checkpoint.config.get("text_config") or {})
-    if any("quantization_config" in config for config in texts):
-        raise CircuitError(f"{folder} is quantised, so it cannot be edited bit for bit. Give the unquantised checkpoint.")
-    if (folder / "adapter_config.json").exists():
-        raise CircuitError(f"{folder} holds an adapter that is added on loading. Merge it into the weights first.")
+    _check_plain(checkpoint)
     names: dict[int, str] = {}
     for line in about.layers:
         name = stored_name(checkpoint.tensors, line.parameter)
@@ -61,10 +57,21 @@ def circuit_tensors(checkpoint: Checkpoint, delta: Delta) -> dict[int, str]:
     return names
 
 
+def _check_plain(checkpoint: Checkpoint) -> None:
+    """raises CircuitError for quantised weights and an unmerged adapter"""
+    folder, texts = checkpoint.folder, (checkpoint.config, checkpoint.config.get("text_config") or {})
+    if any("quantization_config" in config for config in texts):
+        raise CircuitError(f"{folder} is quantised, so it cannot be edited bit for bit. Give the unquantised checkpoint.")
+    if (folder / "adapter_config.json").exists():
+        raise CircuitError(f"{folder} holds an adapter that is added on loading. Merge it into the weights first.")
+
+
 def why_not_exported(backbone: Backbone) -> str | None:
     """Why an edit of this model could not be written into its files, as far as their headers tell; None if it could."""
     try:
         checkpoint = open_checkpoint(checkpoint_folder(backbone.name))
+        _check_plain(checkpoint)
+        _without_weights(checkpoint.folder)
     except CircuitError as error:
         return str(error)
     for projection in ffn_outputs(backbone).values():

@@ -51,6 +51,17 @@ class Mask:
         return torch.tensor(self.channels[layer], dtype=torch.long)
 
 
+def check_told_apart(scores: Mapping[int, Tensor], scope: Scope) -> None:
+    """raises CircuitError where scores tell no channel from another: a circuit chosen by them would be any"""
+    alike = [layer for layer, s in scores.items() if s.unique().numel() == 1]
+    if alike and (scope == "layer" or len(alike) == len(scores)):
+        raise CircuitError(
+            f"attribution gives every channel of layer {alike[0]} the same score, so there is no circuit to choose there: "
+            "the prompts of a pair are the same for this model, or gradients vanish in its dtype. Look at the pairs, or "
+            "load it in float32, in another run folder."
+        )
+
+
 def choose(
     scores: Mapping[int, Tensor],
     reading: Reading,

@@ -65,4 +65,7 @@ def points_of(
 
 
 def recipe_key(config: CircuitConfig, name: str, strength: float) -> str:
-    return TraceStore.key(config=config.model_dump(mode="json"), row=name, strength=strength)
+    settings = config.model_dump(mode="json")
+    if config.also_benign is None:  # a field of later: keys of runs without it stay what they were
+        del settings["also_benign"]
+    return TraceStore.key(config=settings, row=name, strength=strength)

@@ -16,7 +16,7 @@ from paving.circuit_run.config import CircuitConfig
 from paving.evaluation.refusal_policy import BENIGN, CATEGORY, OOD_BENIGN, PromptSet
 from paving.generation import Decoding, generate, load_completions, save_completions
 from paving.intervention import Identity
-from paving.prompts.leakage import near_or_equal, normalised
+from paving.prompts.leakage import drop_exact_duplicates, group_near_duplicates, near_or_equal, normalised
 from paving.prompts.readers import read_prompts
 from paving.prompts.starter_set import starter_prompts
 from paving.prompts.types import Bucket, Prompt
@@ -33,14 +33,20 @@ def pairs_of(config: CircuitConfig) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]
 
 
 def also_benign(config: CircuitConfig) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """(train, calibration) of the benign prompts that are no side of a pair; a group stands in one of the two."""
+    """(train, calibration) of the benign prompts that are no side of a pair.
+
+    A group stands in one of the two, near duplicates are one group, and what is worded as a side of a pair is left out.
+    """
     if config.also_benign is None:
         return (), ()
     if config.also_benign == STARTER:
         found = tuple(p for p in starter_prompts() if p.bucket is Bucket.EDIT)
     else:
         found = read_prompts(config.also_benign, Bucket.BENIGN_KEEP)
-    prompts = [replace(p, id=f"also/{p.id}", bucket=Bucket.BENIGN_KEEP) for p in found]
+    prompts, _ = drop_exact_duplicates(replace(p, id=f"also/{p.id}", bucket=Bucket.BENIGN_KEEP) for p in found)
+    sides = [text for split in pairs_of(config) for p in split for text in (p.harmful, p.benign)]
+    known = near_or_equal([p.text for p in prompts], sides)
+    prompts = group_near_duplicates(p for p in prompts if p.text not in known)
     groups = sorted({p.group for p in prompts})
     if len(groups) < 2:
         raise RunError(
@@ -90,7 +96,9 @@ def split_record(
 
     names = ("train", "calibration")
     pairs = {n: [[p.id, digest(f"{p.harmful}\0{p.benign}")] for p in of] for n, of in zip(names, splits, strict=True)}
-    further = {f"also {n}": [[p.id, digest(p.text)] for p in of] for n, of in zip(names, also, strict=True) if of}
+    further = {
+        f"also {n}": [[p.id, digest("\0".join(p.asked))] for p in of] for n, of in zip(names, also, strict=True) if of
+    }
     return pairs | further
 
 
@@ -181,7 +189,7 @@ def own_answers(
     if config.arithmetic.retain == "none":
         return ()
     path = folder / "own_answers.jsonl"
-    prompts = list({p.text: p for p in (*benign_prompts(train), *also_benign(config)[0])}.values())
+    prompts = list({p.asked: p for p in (*benign_prompts(train), *also_benign(config)[0])}.values())
     if not path.exists():
         tick = means.stage("the base's own benign answers", len(prompts))
         decoding = Decoding(max_new_tokens=config.own_tokens)
@@ -191,5 +199,5 @@ def own_answers(
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = backbone.tokenizer(answer.response, add_special_tokens=False)["input_ids"]
         if tokens:
-            rows.append(Example(render_ids(backbone, prompt.text), tokens))
+            rows.append(Example(render_ids(backbone, prompt.text, system=prompt.system), tokens))
     return tuple(rows)

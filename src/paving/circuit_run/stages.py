@@ -18,8 +18,9 @@ from paving.circuit.attribution import attribute
 from paving.circuit.base_files import why_not_exported
 from paving.circuit.delta import Delta, check_alpha, make_delta
 from paving.circuit.delta_files import load_delta, save_delta
+from paving.circuit.description import public_name
 from paving.circuit.edges.graph import taken_apart
-from paving.circuit.mask import Mask, choose
+from paving.circuit.mask import Mask, check_told_apart, choose
 from paving.circuit.objective import Objective, objective, references
 from paving.circuit.pairs import Pair
 from paving.circuit.slices import CircuitEdit, SliceDelta, check_off_circuit, off_circuit
@@ -39,6 +40,7 @@ from paving.circuit_run.inputs import (
 )
 from paving.circuit_run.trained import edge_layers, trained_slices, within
 from paving.evaluation.judges import Judge
+from paving.evaluation.judges.named import judge_line
 from paving.generation import Decoding
 from paving.intervention import Intervention
 from paving.run import Means
@@ -71,6 +73,7 @@ def find(config: CircuitConfig, folder: Path, means: Means) -> Mask:
         return load_circuit(folder, backbone.fingerprint)[0]
     j = objective(references(backbone, read, phrases, kind=config.reference, seed=config.seed))
     scores = attribute(backbone, read, j, config.attribution, means.stage("attribution (pairs)", len(read)))
+    check_told_apart(scores, config.scope)
     find_edges(backbone, config, read, j, folder, means)
     mask = choose(
         within(scores, edge_layers(config, folder)), config.attribution.reading, config.fraction, scope=config.scope
@@ -120,7 +123,7 @@ def edit(folder: Path, means: Means, *, alpha: float | None = None, judge: Judge
         category=config.category,
         alpha=chosen.strength if alpha is None else alpha,
         scores=scores,
-        recipe=calibration_point(chosen) | made_by(config, splits),
+        recipe=calibration_point(chosen) | made_by(config, splits, judged_by(config, judge)),
     )
     with delta.edit().written(backbone):
         check_off_circuit(backbone, mask, before)
@@ -260,11 +263,12 @@ def calibration_point(chosen: StrengthPoint | None) -> dict[str, object]:
     return {"calibration": asdict(chosen)} if chosen else {}
 
 
-def made_by(config: CircuitConfig, splits: tuple[Sequence[Pair], Sequence[Pair]]) -> dict[str, object]:
-    """What a delta says of how it was made and measured: enough to make it again, and no path of this machine."""
+def made_by(config: CircuitConfig, splits: tuple[Sequence[Pair], Sequence[Pair]], judge: str) -> dict[str, object]:
+    """What a delta says of how it was made: enough to make it again, and no path of this machine. judge: who chose α"""
     settings = config.model_dump(mode="json", exclude={"model", "category", "weight_steering"})
+    settings["judge"] = public_judge(judge)
     named = {
-        key: Path(settings[key]).name
+        key: Path(settings[key]).name if Path(settings[key]).exists() else settings[key]
         for key in ("pairs", "held_out", "also_benign", "openings")
         if settings[key] is not None
     }
@@ -274,6 +278,15 @@ def made_by(config: CircuitConfig, splits: tuple[Sequence[Pair], Sequence[Pair]]
     }
     settings["calibration_pairs"] = settings.pop("calibration")  # `calibration` is what they showed at the chosen α
     return settings | named | digests
+
+
+def public_judge(judge: str) -> str:
+    """A judge's line or name, without folders and addresses."""
+    try:
+        line = judge_line(judge)
+    except ValueError:  # the name of a judge that was given as an object
+        return judge
+    return f"{line.kind}={public_name(line.model)}" if line.model else line.kind
 
 
 def _curve(points: Sequence[StrengthPoint]) -> str:

@@ -167,7 +167,9 @@ class Bench:
         read, cost = self.config.controller.model_dump(mode="json"), self.config.calibration.harmful_cost
         weights = (self.folder / "controller" / "controller.safetensors").read_bytes() if self.veto is not None else b""
         veto = hashlib.sha256(weights).hexdigest() if variant == "probe+veto" else None
-        content = {"variant": variant, "read": read, "harmful_cost": cost, "veto": veto, "version": ROUTING_VERSION}
+        content = {"variant": variant, "read": read, "harmful_cost": cost, "veto": veto}
+        if ROUTING_VERSION > 1:
+            content["version"] = ROUTING_VERSION
         if self.config.calibration.promise is not None:
             content["promise"] = self.config.calibration.promise.model_dump(mode="json")
         return TraceStore.key(**content)
@@ -186,6 +188,7 @@ class Bench:
             device=self.backbone.device.type,  # answers are the same bit for bit on one kind alone
             prompts=prompts,
             targets=[training.targets, training.horizon, training.seed, self.config.targets_from],
+            judge=self.judge.name,  # says which targets choose
             decoding=self.config.decoding.model_dump(mode="json"),
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,7 +55,8 @@ def compare(
     """Comparators beside the run's own rows: RUN/comparison/comparison.json, and a section of RUN/report.html.
 
     methods, variants, objectives  by name; empty: all methods, all variants, three objectives. Those of an earlier
-                                   comparison of this run stay. `residual-paving` is always there; by itself it is all
+                                   comparison of this run stay. `residual-paving` is always there; by itself it asks
+                                   for no comparator
     bert_model                     an encoder for BERTScore; None: not measured
     table                          the methods that there are, `METHODS` unless given
 
@@ -96,7 +96,8 @@ def compare(
         notes=[*(said_of((r.name, r.failed)) for r in records if r.failed), *notes_of(bench, asked, bert_model)],
     )
     write_text(folder / FILE, found.model_dump_json(indent=1))
-    shutil.rmtree(bench.fits, ignore_errors=True)  # as large as the base, each
+    for fitting in fittings:
+        fitting.forget()
     report(folder)
     return found
 
@@ -114,7 +115,10 @@ def asked_for(
     """
     named = list(dict.fromkeys(methods))
     asked = [] if named == [OWN] else [method(name, table) for name in named if name != OWN] or list(table)
-    check_variants(variants, asked)
+    if asked:
+        check_variants(variants, asked)
+    elif variants:
+        raise ValueError(f"{OWN} is swept at its own gate and under the oracle; leave --variant out.")
     if unknown := [o for o in objectives if o not in OBJECTIVES]:
         raise ValueError(f"the objective {unknown[0]!r} is not known; allowed: {', '.join(OBJECTIVES)}.")
     pairs = {m.name: [v for v in m.variants if not variants or v in variants] for m in asked}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from paving.backbone import Backbone, PromptBatch
+from paving.backbone import Backbone, BackboneError, PromptBatch
 from paving.compare.bench import Bench
 from paving.compare.methods import OWN_ROUTING, Method, Noted
 from paving.intervention import RowState
+from paving.steering.checks import SteeringError
 from paving.steering.routing import Global
 from paving.steering.steered import Editor, Routing, Steered
 
@@ -36,13 +37,21 @@ class Fitting:
     def _fitted(self) -> Noted:
         stored, path = self.method.stored, self.bench.fits / f"{self.key}.safetensors"
         if stored is not None and path.exists():
-            return Noted(stored.load(path, self.bench.backbone), "")
+            with suppress(SteeringError, BackboneError):  # damaged: fitted again
+                return Noted(stored.load(path, self.bench.backbone), "")
         self.bench.means.say(f"fitting {self.method.name}")
         with torch.enable_grad():  # whoever asks first may be measuring, without gradients
             found = self.method.fit(self.bench.workshop)
         if stored is not None:
-            stored.save(found, path)
+            try:
+                stored.save(found, path)
+            except SteeringError as error:  # a full disk costs a fit after a kill, and not this one
+                self.bench.means.say(f"the fit of {self.method.name} is not kept: {error}")
         return found if isinstance(found, Noted) else Noted(found, "")
+
+    def forget(self) -> None:
+        """Remove what was kept of the fit: it may be as large as the base."""
+        (self.bench.fits / f"{self.key}.safetensors").unlink(missing_ok=True)
 
     @cached_property
     def key(self) -> str:

@@ -42,7 +42,8 @@ Fit = Callable[[Workshop], Editor | Noted]
 
 @dataclass(frozen=True)
 class Stored:
-    """How a fit that takes long is kept on disk until its comparison is finished. save: (editor, path)"""
+    """How a fit that takes long, and says nothing that a reader must know, is kept on disk until its comparison is finished.
+    save: (editor, path). Both raise SteeringError where they cannot"""
 
     save: Callable[[Editor, Path], None]
     load: Callable[[Path, Backbone], Editor]

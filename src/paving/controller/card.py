@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ the base model's own answer.
 - Gate: {{ d.policy }}, threshold {{ "%.4f" | format(d.threshold) }}, scale {{ d.scale }}, harmful-keep veto {{ "on" if d.use_veto else "off" }}.
 {% if gate %}- What decides the gate: {{ gate }}
 {% endif %}{% for sentence in promises %}- {{ sentence }}
-{% endfor %}{% if system %}- Fitted behind this system prompt, to be served behind it: {{ system }}
+{% endfor %}{% if system %}- Fitted behind this system prompt, to be served behind it, in these characters: {{ system }}
 {% endif %}- Edit target: {{ targets }}. It is never compliance with a harmful request.
 {% if counts %}
 ## Prompts, by count
@@ -68,7 +69,7 @@ def write_card(folder: Path, description: Mapping, rows: Sequence[Mapping] = ())
         counts=trained.get("buckets"),
         gate=trained.get("gate"),
         promises=trained.get("promises", ()),
-        system=" ".join((trained.get("system") or "").split()),
+        system=json.dumps(trained["system"], ensure_ascii=False) if trained.get("system") else "",
         targets=kinds.get(trained.get("targets"), "not recorded"),
         rows=rows,
         rate=_rate,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +198,17 @@ def load_paved(
     else:
         base = read_description(folder)["base"]["name"] if model is None else model
         backbone = load_backbone(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return PavedModel(backbone, load_controller(folder, backbone), read_description(folder).get("trained_on"))
+    return PavedModel(backbone, load_controller(folder, backbone), trained_on(folder))
+
+
+def trained_on(folder: Path) -> dict[str, Any] | None:
+    """What a controller's folder says of its training; the system prompt of a run of before stands in the run's own file."""
+    found, run = read_description(folder).get("trained_on"), folder.parent / "config.json"
+    if found is not None and "system" not in found and run.exists():
+        with suppress(ValueError, AttributeError):
+            system = json.loads(run.read_text(encoding="utf-8")).get("system")
+            return found | ({"system": system} if system else {})
+    return found
 
 
 def controller_folder(where: str | Path) -> Path:
