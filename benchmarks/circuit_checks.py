@@ -184,7 +184,8 @@ def grouped(benign: dict[str, dict[str, tuple[int, int, int]]]) -> Iterator[tupl
     for category in CATEGORIES:
         if found := {name: run for name, run in edits.items() if name.startswith(f"{category}-")}:
             yield category, found
-    yield "all", edits
+    if edits:  # a command that was killed behind the base has none
+        yield "all", edits
 
 
 if __name__ == "__main__":
