@@ -8,9 +8,10 @@ The runs come first: `python benchmarks/protocols.py PROTOCOL --data DIR`. Each 
 own training and calibration prompts and measured on its held-out ones (`paving compare`), for two objectives and for three.
 A killed command goes on where it was. What a seed found is kept in --kept, without prompt or answer: figures, and every
 answer's label by its prompt's id. Rows: METHOD/VARIANT/RULE/OBJECTIVES, at the scale that the rule takes for so many
-objectives, `residual-paving` among them; a row NAME: VARIANT/RULE/OBJECTIVES is a capacity control of table 14, where
-`benchmarks/ablations.py` has trained it. A row is pooled over the seeds that have it, and says how many do. Methods are
-fitted once, for both objectives: two leave the harmful term out of the rule, and nothing else.
+objectives, `residual-paving` among them; a row NAME: VARIANT/RULE/OBJECTIVES is a capacity control of table 14, or Residual
+Paving fitted without harmful keeps (`two-objectives`, table 9), where `benchmarks/ablations.py` has trained it. A row is
+pooled over the seeds that have it, and says how many do. Comparators are fitted once, for both objectives: two leave the
+harmful term out of the rule, and nothing else.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ EDIT, BENIGN, HARMFUL = Bucket
 OWN_ROWS = ("base", "learned", "learned+veto", "oracle")
 SUCCESS = {Label.HARMLESS_REFRAME, Label.HARMLESS_BENIGN}
 LETTERS = dict(zip(Label, "HXRFB", strict=True))  # of a label in a kept row
-CONTROLS = ("low-rank", "single-expert", "no-trajectory")
+CONTROLS = ("low-rank", "single-expert", "no-trajectory", "two-objectives")
 LESS_OWN = "less Residual Paving's, same rule"
 RULES = ("strict/three", "control/three", "strict/two", "control/two")
 

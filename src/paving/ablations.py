@@ -1,5 +1,5 @@
-"""The design ablations of Residual Paving, tables 2 and 19, and the capacity controls of table 14: each is the full
-recipe with one block of it changed.
+"""The design ablations of Residual Paving, tables 2 and 19, the capacity controls of table 14 and the two-objective fit of
+table 9: each is the full recipe with one block of it changed.
 
 Ablations that need a training of their own are configurations, below. The gate-policy and expert-policy blocks are
 further rows of the full recipe's own run: `ROW_POLICIES` and `ROW_MIXTURES`, for `paving eval`.
@@ -105,6 +105,11 @@ def _low_rank(config: RunConfig, n_layers: int) -> RunConfig:
     return _controller(_single_expert(config, n_layers), activation="none")
 
 
+def _two_objectives(config: RunConfig, n_layers: int) -> RunConfig:
+    """Edit prompts and benign keeps alone: what the harmful keeps do for the router, the experts and the veto."""
+    return config.model_copy(update={"objectives": "two"})
+
+
 def _late_edits(config: RunConfig, n_layers: int) -> RunConfig:
     return _controller(config, edit_layers=_layers(16, n_layers))
 
@@ -130,6 +135,7 @@ ABLATIONS = (
     Ablation("single-expert", "expert policy", _single_expert),
     Ablation("fixed-expert", "expert policy", _fixed_expert),
     Ablation("low-rank", "capacity control", _low_rank),
+    Ablation("two-objectives", "objectives", _two_objectives),
 )
 
 PAPER_LAYERS = 34  # of Gemma-3-4B-IT, whose layer numbers the paper gives

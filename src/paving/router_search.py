@@ -47,6 +47,10 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, p
         raise RunError(f"{run} has a searched gate already. Search in the run that its experts are from.")
     if not (run / "controller" / "controller.json").exists():
         raise RunError(f"{run} has no finished controller. Train it first: paving train --out {run} ...")
+    if before.objectives == "two":
+        raise RunError(
+            f"{run} was fitted without harmful keeps, which a gate is searched with. Search in a run of all three."
+        )
     config = before.model_copy(update={"router": settings})
     if promise is not None:
         calibration = before.calibration.model_copy(update={"promise": promise, "policies": ("hard",)})

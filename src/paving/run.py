@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from paving.backbone import Backbone, cache_dir, load_backbone
@@ -26,7 +26,8 @@ from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, 
 from paving.evaluation.three_way import Protocol, three_way
 from paving.evaluation.utility import read_utility
 from paving.generation import TRANSFORMERS
-from paving.prompts.types import SplitName, Splits
+from paving.prompts.splits import restrict
+from paving.prompts.types import Bucket, SplitName, Splits
 from paving.report import write_report
 from paving.report.comparison import rows_to_show
 from paving.run_engine import answers_folder, engine_of
@@ -100,12 +101,16 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     if config.calibration.promise is not None:  # before hours of training, not after
         check_promises(splits.of(SplitName.CALIBRATION), config.calibration.promise)
     del reference
+    rows, seen = prepared.rows, splits
+    if config.objectives == "two":  # recorded all the same: the row is measured on every bucket
+        rows = replace(rows, harmful_keep=())
+        seen = restrict(splits, lambda p: p.bucket != Bucket.HARMFUL_KEEP, "two objectives (no harmful keeps)")
     controller = fresh_controller(backbone, config.controller, training.seed, training.mixture)
-    history = fit(backbone, controller, prepared.traces, prepared.rows, training, folder / "training", means.watch)
+    history = fit(backbone, controller, prepared.traces, rows, training, folder / "training", means.watch)
     calibrated = calibrate(
         backbone,
         controller,
-        splits,
+        seen,
         prepared.calibration_targets,
         store,
         training,
@@ -124,7 +129,8 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
             "history": [asdict(h) for h in history],
         },
     )
-    description = {"buckets": bucket_counts(splits), "targets": training.targets, "seed": training.seed}
+    description = {"buckets": bucket_counts(seen), "targets": training.targets, "seed": training.seed}
+    description["objectives"] = config.objectives
     description["dtype"] = str(backbone.dtype).removeprefix("torch.")  # thresholds are sensitive to it
     if config.system is not None:
         description["system"] = config.system

@@ -7,9 +7,10 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from paving.backbone import EMBEDDED
 from paving.controller.config import ControllerConfig
@@ -31,6 +32,8 @@ class RunConfig(BaseModel):
 
     edit, benign, harmful  a prompt file or dataset each (see paving.prompts.readers), or `starter`
     targets_from           a model whose answers are the edit targets, for over-refused safe prompts
+    objectives             two: nothing is fitted or calibrated on harmful keeps, as in the paper's two-objective rows (table
+                           9); to be measured and not deployed, so such a controller is not exported or served
     router                 how the gate was searched, in a run whose experts are another's (see router_search)
     system                 the system prompt that every prompt without its own is asked behind, as it will be served;
                            contrast pairs of a gate search, too
@@ -53,6 +56,7 @@ class RunConfig(BaseModel):
     calibration: CalibrationConfig = CalibrationConfig()
     decoding: Decoding = Decoding()
     allow_leakage: bool = False
+    objectives: Literal["two", "three"] = "three"
     judge: str = "rules"
     router: GateSearch | None = None
 
@@ -60,6 +64,15 @@ class RunConfig(BaseModel):
     @classmethod
     def _judge_is_known(cls, line: str) -> str:
         return str(judge_line(line))
+
+    @model_validator(mode="after")
+    def _promises_need_harmful_keeps(self) -> Self:
+        if self.objectives == "two" and (self.router is not None or self.calibration.promise is not None):
+            raise ValueError(
+                "two objectives leave harmful keeps out, which a promise and a searched gate are made from: "
+                'use objectives="three", or leave the promise and the router out.'
+            )
+        return self
 
 
 def check_run(config: RunConfig, folder: Path) -> None:

@@ -38,6 +38,7 @@ CHANGES = [
         },
         "low-rank",
     ),
+    (FULL, {"objectives": "two"}, "two-objectives"),
 ]
 NONE = [
     ({"training__contrastive_epochs": 2}, "training.contrastive_epochs"),

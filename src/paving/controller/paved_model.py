@@ -17,7 +17,7 @@ from paving.backbone import Backbone, PromptBatch, as_backbone, load_backbone
 from paving.controller.card import write_card
 from paving.controller.gates import CONFORMAL
 from paving.controller.residual_paving import ResidualPaving
-from paving.controller.store import ControllerError, load_controller, read_description, save_controller
+from paving.controller.store import ControllerError, check_deployable, load_controller, read_description, save_controller
 from paving.intervention import RowState
 from paving.prompts.types import Bucket
 
@@ -188,9 +188,11 @@ def load_paved(
     model       None: the base that the controller was trained on, by the name it had then
     controller  a run folder, a controller folder, or a Hugging Face repository id
 
-    raises BackboneError if the controller was trained for another base; ControllerError if it cannot be read.
+    raises BackboneError if the controller was trained for another base; ControllerError if it cannot be read, or was
+    fitted to be measured only (two objectives).
     """
     folder = controller_folder(controller)
+    check_deployable(folder)
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("a loaded model needs its tokenizer too: paving.load(model, tokenizer=..., controller=...).")

@@ -113,6 +113,15 @@ def read_controller(folder: str | Path) -> ResidualPaving:
     return replace(controller, policy=policy)
 
 
+def check_deployable(folder: str | Path) -> None:
+    """raises ControllerError for a controller that was fitted to be measured beside others, and not to be used."""
+    if (read_description(folder).get("trained_on") or {}).get("objectives") == "two":
+        raise ControllerError(
+            f"{folder} was fitted without harmful keeps (two objectives), so nothing holds back what it edits: it can be "
+            'evaluated and compared, not exported or served. Train with objectives "three" for that.'
+        )
+
+
 def read_description(folder: str | Path) -> dict:
     """controller.json of a folder. raises ControllerError if it is missing, damaged or of another format."""
     path = Path(folder) / CONFIG_FILE

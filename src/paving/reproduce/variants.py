@@ -18,6 +18,7 @@ LATE_ROUTER = "late-router"
 EARLY_ROUTER = "early-router"
 SINGLE_EXPERT = "single-expert"
 LOW_RANK = "low-rank"
+TWO_OBJECTIVES = "two-objectives"
 FIXED_EXPERT = "fixed-expert"  # expert 0; any other one is no ablation of the paper's
 
 Leaves = Mapping[str, Any]  # dotted name -> value as in config.json
@@ -31,7 +32,7 @@ SCALES, POLICIES = "calibration.scales", "calibration.policies"
 ACTIVATION = "controller.activation"
 EXPERTS = {"controller.n_experts", "controller.centres", "controller.widths"}  # windows follow from the number of experts
 # A field that configurations written before it existed do not have, and what they meant.
-ABSENT = {"training.mixture": "router", "controller.activation": "gelu"}
+ABSENT = {"training.mixture": "router", "controller.activation": "gelu", "objectives": "three"}
 
 
 def variant_of(config: RunConfig, reference: RunConfig) -> str | None:
@@ -73,6 +74,8 @@ def named_variant(ours: Leaves, full: Leaves) -> str | None:
             return NO_STAGE_3
         case "training.horizon" if value < usual:
             return SHORT_HORIZON
+        case "objectives" if value == "two":
+            return TWO_OBJECTIVES
         case "training.mixture" if value == "expert:0":
             return FIXED_EXPERT
         case "controller.edit_layers" if _edits_later(value, usual, full[ROUTE]):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paving.backbone.embedded import EMBEDDED, embedded_checkpoint
 from paving.controller.paved_model import controller_folder
-from paving.controller.store import ControllerError, read_controller
+from paving.controller.store import ControllerError, check_deployable, read_controller
 from paving.serving.environment import ALLOW_ORACLE, CONTROLLER
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -33,6 +33,7 @@ def server_command(
     raises ControllerError for a controller that cannot be read, or where vLLM is not installed
     """
     folder = controller_folder(where)
+    check_deployable(folder)
     controller = read_controller(folder)
     if find_spec("vllm") is None:
         raise ControllerError(f"serving needs vLLM, {NEEDED}")

@@ -26,7 +26,7 @@ from paving.circuit.base_files import fingerprint_of_files
 from paving.circuit.shards import open_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.residual_paving import ResidualPaving
-from paving.controller.store import read_controller, read_description
+from paving.controller.store import check_deployable, read_controller, read_description
 from paving.serving import admission, answers
 from paving.serving.admission import asked, diagnostics_allowed, makes_a_promise
 from paving.serving.environment import CONTROLLER
@@ -51,6 +51,7 @@ class ServingError(RuntimeError):
 def install(where: str) -> None:
     """raises ControllerError and ServingError for what cannot be served, before a model is loaded"""
     check_version()
+    check_deployable(controller_folder(where))
     controller = read_controller(controller_folder(where))
     wrap = functools.partial(_wrap, where)
     from vllm.v1.core import kv_cache_utils
