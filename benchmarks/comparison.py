@@ -2,7 +2,7 @@
 
     python benchmarks/comparison.py same-source [--seeds 0 1 2] [--method caa --method rdo] [--json]
     python benchmarks/comparison.py paper
-    python benchmarks/comparison.py paper --finished        # tables of what is there
+    python benchmarks/comparison.py paper --finished [--rule strict/three] [--picture PNG]     # of what is there
 
 The runs come first: `python benchmarks/protocols.py PROTOCOL --data DIR`. Each method is fitted, swept and chosen on a run's
 own training and calibration prompts and measured on its held-out ones (`paving compare`), for two objectives and for three.
@@ -27,6 +27,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict
 
+from comparison_picture import draw_pooled
 from paving.compare import compare
 from paving.compare.methods import METHODS, VARIANTS
 from paving.evaluation.comparison import OWN, BenignSimilarity, Comparison, is_success
@@ -93,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", action="append", default=[], choices=[m.name for m in METHODS])
     parser.add_argument("--bert-score", default=None, metavar="MODEL", help="encoder for BERTScore")
     parser.add_argument("--finished", action="store_true", help="measure nothing")
+    parser.add_argument("--rule", choices=RULES, help="the rows of this rule alone, and the run's own")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw edit success against drift, all seeds pooled")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
     folders = {seed: arguments.out / f"{arguments.protocol}-seed{seed}" for seed in arguments.seeds}
@@ -114,6 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for control in CONTROLS:
         if trained := kept_runs(arguments.kept, [f"{f.name}-{control}" for f in folders.values()]):
             table |= control_rows(control, one_setting(trained))
+    if arguments.rule:
+        table = {
+            name.removesuffix(f"/{arguments.rule}"): row for name, row in table.items() if of_rule(name, arguments.rule)
+        }
+    if arguments.picture:
+        draw_pooled(one_setting(runs), arguments.picture)
     if not arguments.json:
         print(markdown(table))
         for run in runs:
@@ -325,6 +334,10 @@ def similarity(run: Run, row: str) -> BenignSimilarity:
 
 def told(cell: Cell) -> dict:
     return {"text": " ".join(cell.lines), "value": cell.value} | ({"missing": cell.missing} if cell.missing else {})
+
+
+def of_rule(name: str, rule: str) -> bool:
+    return name in OWN_ROWS or name.endswith(f"/{rule}")
 
 
 def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:

@@ -161,3 +161,33 @@ def test_a_note_of_the_time_that_was_cut_off_costs_itself_alone(script, tmp_path
     clock = bench.Clock(path)
     clock.note("done")
     assert 5.0 <= clock.total() < 60
+
+
+def test_the_picture_and_one_rules_table_are_of_all_seeds(script, compared, tmp_path, monkeypatch, capsys):
+    bench = script("comparison")
+    kept = bench.kept_of(load_run(compared), 1.0)
+    for seed in (0, 1):
+        config = kept.config.model_copy(
+            update={"split_seed": seed, "training": kept.config.training.model_copy(update={"seed": seed})}
+        )
+        other = kept.model_copy(update={"config": config, "metrics": kept.metrics.model_copy(update={"seed": seed})})
+        bench.keep(other, tmp_path / f"same-source-seed{seed}.json")
+    asked = ["same-source", "--kept", str(tmp_path), "--seeds", "0", "1", "--finished", "--rule", "control/three"]
+    bench.main([*asked, "--picture", str(tmp_path / "pooled.png")])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert any(line.startswith("| one/oracle |") for line in table) and any(line.startswith("| base |") for line in table)
+    assert not any("strict" in line or "/two" in line for line in table)
+    assert (tmp_path / "pooled.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_marks_of_the_picture_are_pooled_counts(script, compared):
+    bench, picture, run = script("comparison"), script("comparison_picture"), load_run(compared)
+    once, twice = (picture.pooled_comparison(Setting((run,) * n)) for n in (1, 2))
+    name = "one/global/control/three"
+    ours = bench.successes(run, name).values()
+    (mark,) = [r for r in twice.rows if r.row.name == name]
+    assert (mark.edit_success.k, mark.edit_success.n) == (2 * sum(ours), 2 * len(ours))
+    (alone,) = [r for r in once.rows if r.row.name == name]
+    assert alone.row.harmful_drift == mark.row.harmful_drift == run.row(name).harmful_drift
+    assert mark.row.against_base["harmful_keep"].low <= mark.row.harmful_drift
+    assert {r.row.name for r in once.rows if r.method == "none"} == {"base"}
