@@ -2,7 +2,7 @@
 
     python benchmarks/comparison.py same-source [--seeds 0 1 2] [--method caa --method rdo] [--json]
     python benchmarks/comparison.py paper
-    python benchmarks/comparison.py paper --finished [--rule strict/three] [--picture PNG]     # of what is there
+    python benchmarks/comparison.py paper --finished [--rule strict/three] [--brief] [--picture PNG]
 
 The runs come first: `python benchmarks/protocols.py PROTOCOL --data DIR`. Each method is fitted, swept and chosen on a run's
 own training and calibration prompts and measured on its held-out ones (`paving compare`), for two objectives and for three.
@@ -49,6 +49,7 @@ SUCCESS = {Label.HARMLESS_REFRAME, Label.HARMLESS_BENIGN}
 LETTERS = dict(zip(Label, "HXRFB", strict=True))  # of a label in a kept row
 CONTROLS = ("low-rank", "single-expert", "no-trajectory", "two-objectives")
 LESS_OWN = "less Residual Paving's, same rule"
+BRIEF = ("seeds", "scale", "edit success", LESS_OWN, "broken", "HARMFUL", "benign pres.", "harmful pres.", "harmful drift")
 RULES = ("strict/three", "control/three", "strict/two", "control/two")
 
 
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bert-score", default=None, metavar="MODEL", help="encoder for BERTScore")
     parser.add_argument("--finished", action="store_true", help="measure nothing")
     parser.add_argument("--rule", choices=RULES, help="the rows of this rule alone, and the run's own")
+    parser.add_argument("--brief", action="store_true", help="the columns that decide; leaves the benign ones out")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw edit success against drift, all seeds pooled")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
@@ -121,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = {
             name.removesuffix(f"/{arguments.rule}"): row for name, row in table.items() if of_rule(name, arguments.rule)
         }
+    if arguments.brief:
+        table = {name: {column: row[column] for column in BRIEF} for name, row in table.items()}
     if arguments.picture:
         draw_pooled(one_setting(runs), arguments.picture)
     if not arguments.json:

@@ -173,10 +173,11 @@ def test_the_picture_and_one_rules_table_are_of_all_seeds(script, compared, tmp_
         other = kept.model_copy(update={"config": config, "metrics": kept.metrics.model_copy(update={"seed": seed})})
         bench.keep(other, tmp_path / f"same-source-seed{seed}.json")
     asked = ["same-source", "--kept", str(tmp_path), "--seeds", "0", "1", "--finished", "--rule", "control/three"]
-    bench.main([*asked, "--picture", str(tmp_path / "pooled.png")])
+    bench.main([*asked, "--brief", "--picture", str(tmp_path / "pooled.png")])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert any(line.startswith("| one/oracle |") for line in table) and any(line.startswith("| base |") for line in table)
     assert not any("strict" in line or "/two" in line for line in table)
+    assert "| harmful drift |" in table[0] and "chrF" not in table[0]
     assert (tmp_path / "pooled.png").read_bytes().startswith(b"\x89PNG")
 
 
