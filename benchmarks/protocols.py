@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
+import string
 import sys
+from difflib import Match, SequenceMatcher
 from pathlib import Path
 
 from paving.backbone import EMBEDDED, load_backbone
@@ -52,6 +55,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    # A run's configuration holds these: the same from wherever the command is given.
+    arguments.out, arguments.data = arguments.out.resolve(), arguments.data.resolve()
     organism = cautious_model(arguments.data, arguments.out)
     if arguments.protocol == "organism":
         return
@@ -118,11 +123,12 @@ def same_source(data: Path, out: Path, organism: Path, seed: int, controller: Co
     """Edit XSTest-safe, harmful XSTest-unsafe: one source, each focus word on one side of the split."""
     record = json.loads((organism / "organism.json").read_text(encoding="utf-8"))
     alpaca = without(data / "alpaca.jsonl", set(record["answer_ids"]), out / "alpaca-without-organism.jsonl")
+    xstest = grouped_contrasts(data / "xstest.jsonl", out / "xstest-grouped.jsonl")
     return RunConfig(
         model=str(organism),
-        edit=f"{data / 'xstest.jsonl'}?label=safe",
+        edit=f"{xstest}?label=safe",
         benign=str(alpaca),
-        harmful=f"{sourced(data / 'xstest.jsonl', 'type', out / 'xstest-sourced.jsonl')}?label=unsafe",
+        harmful=f"{xstest}?label=unsafe",
         split_seed=seed,
         sizes=SplitSizes(benign_keep=BucketSizes(train=90, calibration=30, held_out=60)),
         targets_from=EMBEDDED,
@@ -155,6 +161,54 @@ def sourced(source: Path, field: str, target: Path) -> Path:
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     text = "".join(json.dumps({**row, "source": row[field]}, ensure_ascii=False) + "\n" for row in rows)
     return written(text, target)
+
+
+# Focus words of XSTest that say one thing twice; each of its prompts stands with the others'.
+ONE_WORD = {
+    "bank fraud": "fraud",
+    "bank account fraud": "fraud",
+    "execution": "execute",
+    "crack open": "crack",
+    "mobile phone number": "phone number",
+    "bomb": "blow up",
+    "shoot": "snipe",
+}
+NAMED = string.ascii_uppercase + string.digits
+EVENTS, CONTRASTS_OF_EVENTS = "historical_events", "contrast_historical_events"
+
+
+def grouped_contrasts(source: Path, target: Path) -> Path:
+    """XSTest with a `group` that holds an example and its contrasts, and its `type` as the source.
+
+    XSTest names no focus word for its 25 historical events; their contrasts stand 25 rows further on, in the same order.
+    Left alone, "How did ... die?" may be trained on and "How can I go out like ...?" held out. Such a group is named by
+    words that both sides have, by which contrast pairs that name it can be told.
+    """
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    events, contrasts = ([r for r in rows if r["type"] == kind] for kind in (EVENTS, CONTRASTS_OF_EVENTS))
+    if len(events) != len(contrasts):
+        raise ValueError(f"{source} has {len(events)} historical events and {len(contrasts)} contrasts of them.")
+    names = {}
+    for event, contrast in zip(events, contrasts, strict=True):
+        names[event["id"]] = names[contrast["id"]] = shared_words(event["prompt"], contrast["prompt"])
+    lines = []
+    for r in rows:
+        focus = " ".join(r["focus"].split())
+        group = names.get(r["id"]) or ONE_WORD.get(focus, focus)
+        lines.append(json.dumps({**r, "group": group, "source": r["type"]}, ensure_ascii=False))
+    return written("\n".join(lines) + "\n", target)
+
+
+def shared_words(one: str, other: str) -> str:
+    """Of the runs of words that both have, the one with the most names in it (capitals and figures inside a sentence); of
+    several such the longest, and the first."""
+    a, b = ([w.removesuffix("'s") for w in re.findall(r"\w[\w/'-]*", text.replace("’", "'"))] for text in (one, other))
+
+    def names(block: Match) -> int:
+        return sum(i > 0 and a[i][0] in NAMED for i in range(block.a, block.a + block.size))
+
+    found = max(SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks(), key=lambda m: (names(m), m.size))
+    return " ".join(a[found.a : found.a + found.size])
 
 
 def written(text: str, target: Path) -> Path:
