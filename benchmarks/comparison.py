@@ -21,36 +21,26 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict
 
 from comparison_picture import draw_pooled
+from comparison_tables import BRIEF, OWN_ROWS, RULES, control_rows, markdown, of_rule, pooled, told
 from paving.compare import compare
-from paving.compare.methods import METHODS, VARIANTS
-from paving.evaluation.comparison import OWN, BenignSimilarity, Comparison, is_success
+from paving.compare.methods import METHODS
+from paving.evaluation.comparison import OWN, Comparison
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics
-from paving.evaluation.seeds import pooled_difference
-from paving.prompts import Bucket
 from paving.reproduce import load_run, settings
-from paving.reproduce.measures import drift, preservation, scale, share
-from paving.reproduce.result import Cell, missing, text
 from paving.reproduce.runs import Run, Setting
 from paving.run import Means
 from paving.run_folder import RunConfig
 from protocols import say, stage, watch
 
-EDIT, BENIGN, HARMFUL = Bucket
-OWN_ROWS = ("base", "learned", "learned+veto", "oracle")
-SUCCESS = {Label.HARMLESS_REFRAME, Label.HARMLESS_BENIGN}
 LETTERS = dict(zip(Label, "HXRFB", strict=True))  # of a label in a kept row
 CONTROLS = ("low-rank", "single-expert", "no-trajectory", "two-objectives")
-LESS_OWN = "less Residual Paving's, same rule"
-BRIEF = ("seeds", "scale", "edit success", LESS_OWN, "broken", "HARMFUL", "benign pres.", "harmful pres.", "harmful drift")
-RULES = ("strict/three", "control/three", "strict/two", "control/two")
 
 
 class Kept(BaseModel):
@@ -116,9 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not runs:
         sys.exit(f"nothing is measured in {arguments.kept} for {arguments.protocol} and seeds {arguments.seeds}.")
     table = pooled(one_setting(runs))
-    for control in CONTROLS:
-        if trained := kept_runs(arguments.kept, [f"{f.name}-{control}" for f in folders.values()]):
-            table |= control_rows(control, one_setting(trained))
+    for name in CONTROLS:
+        if trained := kept_runs(arguments.kept, [f"{f.name}-{name}" for f in folders.values()]):
+            table |= control_rows(name, one_setting(trained))
     if arguments.rule:
         table = {
             name.removesuffix(f"/{arguments.rule}"): row for name, row in table.items() if of_rule(name, arguments.rule)
@@ -244,111 +234,6 @@ def kept_runs(kept: Path, names: Sequence[str]) -> list[KeptRun]:
 def compared_rows(run: Run) -> list[str]:
     """METHOD/VARIANT/RULE/OBJECTIVE of every choice that found a scale."""
     return [f"{c.method}/{c.variant}/{c.rule}/{c.objective}" for c in run.comparison.choices if c.scale is not None]
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def pooled(setting: Setting) -> dict[str, dict[str, Cell]]:
-    """Row -> column -> cell, over the seeds that have the row."""
-    pairs = dict.fromkeys((c.method, c.variant) for run in setting.runs for c in run.comparison.choices)
-    names = [*OWN_ROWS, *(f"{method}/{variant}/{rule}" for method, variant in pairs for rule in RULES)]
-    swept = {method for method, _ in pairs}
-    nowhere = dict.fromkeys(m.name for run in setting.runs for m in run.comparison.methods if m.name not in swept)
-    names += [f"{name}/{VARIANTS[0]}/{RULES[0]}" for name in nowhere]  # could be fitted on no seed: one row says why
-    return {name: cells(setting, name) for name in names}
-
-
-def control_rows(control: str, setting: Setting) -> dict[str, dict[str, Cell]]:
-    """A capacity control's rows by every rule."""
-    variants = dict.fromkeys(c.variant for run in setting.runs for c in run.comparison.choices if c.method == OWN)
-    rows = {f"{control}: {v}/{rule}": cells(setting, f"{OWN}/{v}/{rule}") for v in variants for rule in RULES}
-    return {name: row | {LESS_OWN: text("–")} for name, row in rows.items()}
-
-
-def cells(setting: Setting, row: str) -> dict[str, Cell]:
-    having = Setting(tuple(run for run in setting.runs if run.row(row) is not None))
-    columns: Mapping[str, Callable[[], Cell]] = {
-        "scale": lambda: scale(having, row),
-        "edit success": lambda: share(having, row, EDIT, SUCCESS),
-        LESS_OWN: lambda: against_own(having, row),
-        "refused": lambda: share(having, row, EDIT),
-        "broken": lambda: share(having, row, EDIT, {Label.HARMLESS_BROKEN}),
-        "HARMFUL": lambda: share(having, row, EDIT, {Label.HARMFUL}),
-        "benign pres.": lambda: preservation(having, row, BENIGN),
-        "harmful pres.": lambda: preservation(having, row, HARMFUL),
-        "harmful drift": lambda: drift(having, row),
-        **{name: lambda take=take: benign(having, row, take) for name, take in SIMILARITIES.items()},
-    }
-    found = {"seeds": text(f"{len(having.runs)} of {len(setting.runs)}")}
-    if not having.runs:
-        why = missing(" ".join(dict.fromkeys(why_not(run, row) for run in setting.runs)))
-        return found | dict.fromkeys(columns, why)
-    return found | {name: make() for name, make in columns.items()}
-
-
-def why_not(run: Run, row: str) -> str:
-    return run.could_not_be_fitted(row) or ("no scale passes" if run.passes_nowhere(row) else "not measured")
-
-
-def against_own(setting: Setting, row: str) -> Cell:
-    """Edit success less that of Residual Paving's deployed row by the same rule on the same prompts, in points."""
-    if row in OWN_ROWS or row.startswith(f"{OWN}/"):
-        return text("–")
-    own = "/".join([OWN, setting.deployed, *row.split("/")[-2:]])
-    both = [run for run in setting.runs if run.row(own) is not None]
-    if not both:
-        return missing("no scale of Residual Paving's passes")
-    ours, theirs = ([successes(run, name) for run in both] for name in (row, own))
-    found = pooled_difference(ours, theirs, setting.group_of(i for each in ours for i in each)).by_prompt
-    if found.value is None:
-        return missing("no prompts that both have answered (n=0)")
-    limits = "[n/a]" if found.low is None or found.high is None else f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    seeds = () if len(both) == len(setting.runs) else (f"({len(both)} of {len(setting.runs)} seeds)",)
-    return text(f"{100 * found.value:+.1f}", limits, *seeds, value=100 * found.value)
-
-
-def successes(run: Run, row: str) -> dict[str, bool]:
-    return {i: is_success(label) for i, label in run.verdicts(row)[EDIT.value].items()}
-
-
-# Of the answers to benign keeps, beside the base's own to the same prompts.
-SIMILARITIES: dict[str, Callable[[BenignSimilarity], float | None]] = {
-    "same label": lambda b: b.label_agreement.rate and 100 * b.label_agreement.rate,
-    "label not worse": lambda b: b.non_worse.rate and 100 * b.non_worse.rate,
-    "ROUGE-L": lambda b: b.rouge_l and 100 * b.rouge_l,
-    "chrF": lambda b: b.chrf,
-    "BERTScore": lambda b: b.bert_score and 100 * b.bert_score,
-}
-
-
-def benign(setting: Setting, row: str, take: Callable[[BenignSimilarity], float | None]) -> Cell:
-    """Mean over seeds, which have as many benign keeps each."""
-    values = [take(similarity(run, row)) for run in setting.runs]
-    if any(v is None for v in values):
-        return missing("not measured")
-    return text(f"{fmean(values):.1f}", value=fmean(values))
-
-
-def similarity(run: Run, row: str) -> BenignSimilarity:
-    if row in OWN_ROWS:
-        return next(r.benign for r in run.comparison.rows if r.variant == row and r.method in ("none", OWN))
-    return run.compared(row).benign
-
-
-def told(cell: Cell) -> dict:
-    return {"text": " ".join(cell.lines), "value": cell.value} | ({"missing": cell.missing} if cell.missing else {})
-
-
-def of_rule(name: str, rule: str) -> bool:
-    return name in OWN_ROWS or name.endswith(f"/{rule}")
-
-
-def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:
-    columns: Sequence[str] = list(next(iter(table.values())))
-    lines = [f"| row | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(' '.join(c.lines) for c in row.values())} |" for name, row in table.items()]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def paper(data: Path, out: Path, organism: Path, seed: int, controller: Controll
         ),
         controller=controller,
         training=TrainingConfig(seed=seed, horizon=REFRAME_HORIZON),
+        judge="rules:edit=harmful",  # what is asked for is a reframe: steps that carry such a request out are no success
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from paving.evaluation import similarity
 from paving.evaluation.diagnostics.usefulness import overlap, overlap_available
 from paving.evaluation.judges import Label
-from paving.evaluation.similarity import benign_similarity
+from paving.evaluation.similarity import benign_similarity, target_similarity
 
 FINE, REFUSED, BROKEN, HARMFUL = (
     Label.HARMLESS_BENIGN, Label.HARMLESS_REFUSAL, Label.HARMLESS_BROKEN, Label.HARMFUL
@@ -44,3 +44,12 @@ def test_bert_score_reads_only_what_differs(monkeypatch):
     monkeypatch.setattr(similarity, "bert_score", lambda a, b, model: asked.append((a, b, model)) or 0.5)
     found = benign_similarity(["same", "one"], ["same", "two"], [FINE] * 2, [FINE] * 2, bert_model="encoder")
     assert asked == [(["one"], ["two"], "encoder")] and found.bert_score == 0.75
+
+
+def test_answers_to_edit_prompts_are_read_beside_their_targets(monkeypatch):
+    answers, targets = ["a spanner and oil", "the sun rises"], ["a spanner and patience", "use a spanner"]
+    found, alone = target_similarity(answers, targets), overlap(answers, targets)
+    assert (found.n, found.rouge_l, found.chrf) == (2, alone.rouge_l, alone.chrf) and 0 < found.rouge_l < 1
+    assert target_similarity([], []).rouge_l is None
+    monkeypatch.setattr(similarity, "overlap_available", lambda: False)
+    assert target_similarity(answers, targets).chrf is None

@@ -128,17 +128,33 @@ def test_a_method_that_no_seed_could_fit_has_a_row_that_says_why(script, compare
 
 
 def test_a_row_is_set_beside_residual_paving_by_the_same_rule(script, compared):
-    bench, run = script("comparison"), load_run(compared)
+    bench, tables, run = script("comparison"), script("comparison_tables"), load_run(compared)
     setting = settings([run])[0]
-    own = f"residual-paving/{setting.deployed}/control/three"
-    ours = bench.successes(run, "one/global/control/three").values()
-    theirs = bench.successes(run, own).values()
-    wanted = 100 * (sum(ours) / len(ours) - sum(theirs) / len(theirs))
-    assert bench.pooled(setting)["one/global/control/three"][bench.LESS_OWN].value == pytest.approx(wanted)
+    for variant, own in (("global", setting.deployed), ("oracle", "oracle")):
+        name = f"one/{variant}/control/three"
+        ours = tables.successes(run, name).values()
+        theirs = tables.successes(run, f"residual-paving/{own}/control/three").values()
+        wanted = 100 * (sum(ours) / len(ours) - sum(theirs) / len(theirs))
+        assert bench.pooled(setting)[name][tables.LESS_OWN].value == pytest.approx(wanted)
     without = [c for c in run.comparison.rows if "control/three" not in c.chosen_by or c.method != "residual-paving"]
     object.__setattr__(run, "comparison", run.comparison.model_copy(update={"rows": without}))
-    cell = bench.pooled(settings([run])[0])["one/global/control/three"][bench.LESS_OWN]
+    cell = bench.pooled(settings([run])[0])["one/global/control/three"][tables.LESS_OWN]
     assert cell.missing == "no scale of Residual Paving's passes"
+
+
+def test_where_a_rule_takes_no_scale_the_base_answers_and_the_seed_still_counts(script, compared, tmp_path):
+    bench, tables, path = script("comparison"), script("comparison_tables"), tmp_path / "k.json"
+    bench.keep(bench.kept_of(load_run(compared), 1.0), path)
+    having, lacking = bench.kept_run(path), bench.kept_run(path)
+    rows = [r for r in lacking.comparison.rows if r.method != "one"]
+    object.__setattr__(lacking, "comparison", lacking.comparison.model_copy(update={"rows": rows}))
+    name = "one/global/control/three"
+    row = bench.pooled(Setting((having, lacking)))[name]
+    ours, base = (sum(tables.successes(run, name).values()) for run in (having, lacking))
+    n = len(tables.successes(having, name))
+    assert base == sum(tables.successes(lacking, "base").values())
+    assert row[tables.EVERY_SEED].value == pytest.approx(100 * (ours + base) / (2 * n))
+    assert row["seeds"].lines == ("1 of 2",) and row["edit success"].value == pytest.approx(100 * ours / n)
 
 
 def test_a_capacity_control_is_swept_by_the_same_rules_and_stands_in_the_table(
@@ -182,10 +198,10 @@ def test_the_picture_and_one_rules_table_are_of_all_seeds(script, compared, tmp_
 
 
 def test_marks_of_the_picture_are_pooled_counts(script, compared):
-    bench, picture, run = script("comparison"), script("comparison_picture"), load_run(compared)
+    tables, picture, run = script("comparison_tables"), script("comparison_picture"), load_run(compared)
     once, twice = (picture.pooled_comparison(Setting((run,) * n)) for n in (1, 2))
     name = "one/global/control/three"
-    ours = bench.successes(run, name).values()
+    ours = tables.successes(run, name).values()
     (mark,) = [r for r in twice.rows if r.row.name == name]
     assert (mark.edit_success.k, mark.edit_success.n) == (2 * sum(ours), 2 * len(ours))
     (alone,) = [r for r in once.rows if r.row.name == name]

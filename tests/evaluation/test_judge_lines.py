@@ -30,6 +30,7 @@ _UNDECIDED = st.one_of(st.just({}), st.just({"undecided": "rules"}))
 _API = st.fixed_dictionaries({}, optional={"base_url": _NAME, "rpm": st.integers(0).map(str), "temperature": st.just("0.7")})
 _LINES = st.one_of(
     st.just(JudgeLine("rules")),
+    st.just(JudgeLine("rules", options={"edit": "harmful"})),
     st.builds(JudgeLine, st.just("rubric"), _NAME),
     st.builds(JudgeLine, st.just("classifier"), _NAME, _SIDES),
     st.builds(JudgeLine, st.sampled_from(["wildguard", "llama-guard"]), _NAME, _UNDECIDED),
@@ -64,7 +65,7 @@ def test_lines_read_as_they_look():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gpt", "'gpt' is not known; allowed: rules, hf:rubric=MODEL"),
+        ("gpt", "'gpt' is not known; allowed: rules, rules:edit=harmful, hf:rubric=MODEL"),
         ("", "allowed: rules"),
         ("hf:rubric", "allowed: rules"),
         ("hf:jury=m", "allowed: rules"),

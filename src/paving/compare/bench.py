@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +19,12 @@ from paving.controller.store import load_controller
 from paving.diagnose.study import read_metrics
 from paving.evaluation.judges import Judge
 from paving.evaluation.results import Metrics
+from paving.evaluation.statistics import auc
 from paving.evaluation.three_way import HORIZON
 from paving.generation import Completion
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
 from paving.run import Means
-from paving.run_folder import RunConfig, RunError, read_config
+from paving.run_folder import RunConfig, RunError, read_config, write_text
 from paving.run_labels import labels_of
 from paving.run_splits import recorded_split
 from paving.steering.material import Material
@@ -29,13 +32,14 @@ from paving.steering.routing import Global, Labelled, Linear, Probe, fit_probe
 from paving.steering.steered import Routing
 from paving.traces.completions import as_completions, base_continuations
 from paving.traces.store import TraceStore
+from paving.traces.targets import EditTarget
 from paving.traces.top_k import TopK
 from paving.training.calibrate import choose_threshold
 from paving.training.prepare import boundary_matrix, edit_targets, usable_targets
 from paving.training.promise import promises, strictest
 from paving.training.verdicts import LabelsOf
 
-ROUTING_VERSION = 1  # raised when the probe or its threshold is made in another way
+ROUTING_VERSION = 2  # raised when the probe or its threshold is made in another way
 FITTING = (SplitName.TRAIN, SplitName.CALIBRATION)
 
 
@@ -75,12 +79,7 @@ class Bench:
     @cached_property
     def material(self) -> Material:
         """The run's own targets, as long as its training had them, and the base's whole answers."""
-        training, reference = self.config.training, None
-        if self.config.targets_from is not None:
-            training = training.model_copy(update={"targets": "reference"})
-            reference = self.means.load(self.config.targets_from, self.config.dtype)
-        edit = [p for s in FITTING for p in self.splits.of(s, Bucket.EDIT)]
-        targets = edit_targets(self.backbone, self.store, edit, training, reference, self.means.stage)
+        targets = self._targets([p for s in FITTING for p in self.splits.of(s, Bucket.EDIT)])
         choosing = self.splits.of(SplitName.CALIBRATION, Bucket.EDIT)  # training dropped what could not be used of its own
         usable = usable_targets(self.backbone, choosing, targets, self._labels)
         prompts = [p for s in FITTING for p in self.splits.of(s)]
@@ -89,9 +88,25 @@ class Bench:
             Splits(self.splits.train, self.splits.calibration, ()),  # a method that asks for held-out prompts finds none
             {i: t.continuation for i, t in targets.items()},
             answers,
-            training.seed,
+            self.config.training.seed,
             frozenset(p.id for p in choosing if p.id not in usable),
         )
+
+    def _targets(self, prompts: Sequence[Prompt]) -> dict[str, EditTarget]:
+        training, reference = self.config.training, None
+        if self.config.targets_from is not None:
+            training = training.model_copy(update={"targets": "reference"})
+            reference = self.means.load(self.config.targets_from, self.config.dtype)
+        return edit_targets(self.backbone, self.store, prompts, training, reference, self.means.stage)
+
+    @cached_property
+    def held_out_targets(self) -> dict[str, tuple[int, ...]]:
+        """Tokens of the targets that held-out edit prompts would have: for what answers are read beside, and nothing else.
+        Empty for prompts that have none of their own (targets `own`)."""
+        edit = [p for p in self.held_out if p.bucket is Bucket.EDIT]
+        if self.config.training.targets == "own":
+            edit = [p for p in edit if p.target]
+        return {i: t.continuation for i, t in self._targets(edit).items()} if edit else {}
 
     @cached_property
     def workshop(self) -> Workshop:
@@ -151,6 +166,21 @@ class Bench:
             threshold = max(threshold, strictest(made))
         return Probe(read.route_layers, read.pooling, replace(linear, threshold=threshold))
 
+    def probe_auc(self) -> float | None:
+        """Of held-out edit prompts against harmful keeps, kept as decisions are; None where a bucket is empty."""
+        prompts = [p for p in self.held_out if p.bucket is not Bucket.BENIGN_KEEP]
+        path = self.out / "decisions" / "probe-auc.json"
+        key = self.key(routing=self.routing_key("probe"), asked=[p.id for p in prompts])
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # absent; damaged, or of another version
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if there["key"] == key:
+                return there["auc"]
+        margins = self.probe.edit.margin(boundary_matrix(self.backbone, prompts, self.controller.config)).tolist()
+        by_bucket = {b: [m for m, p in zip(margins, prompts, strict=True) if p.bucket is b] for b in Bucket}
+        found = auc(by_bucket[Bucket.EDIT], by_bucket[Bucket.HARMFUL_KEEP])
+        write_text(path, json.dumps({"key": key, "auc": found}))
+        return found
+
     @property
     def veto(self) -> Linear | None:
         """The run's own, as it was fitted; None where it has none."""
@@ -167,9 +197,7 @@ class Bench:
         read, cost = self.config.controller.model_dump(mode="json"), self.config.calibration.harmful_cost
         weights = (self.folder / "controller" / "controller.safetensors").read_bytes() if self.veto is not None else b""
         veto = hashlib.sha256(weights).hexdigest() if variant == "probe+veto" else None
-        content = {"variant": variant, "read": read, "harmful_cost": cost, "veto": veto}
-        if ROUTING_VERSION > 1:
-            content["version"] = ROUTING_VERSION
+        content = {"variant": variant, "read": read, "harmful_cost": cost, "veto": veto, "version": ROUTING_VERSION}
         if self.config.calibration.promise is not None:
             content["promise"] = self.config.calibration.promise.model_dump(mode="json")
         return TraceStore.key(**content)

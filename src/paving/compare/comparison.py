@@ -207,6 +207,12 @@ def notes_of(bench: Bench, asked: Asked, bert_model: str | None) -> list[str]:
             "This run's gate was searched with the calibration prompts, too, on which scales are chosen: there its figures "
             "are too good, and the scale taken for it may be too large; comparators' probes learned from training prompts."
         )
+    if "probe" in asked.every_variant() and (auc := bench.probe_auc()) is not None:
+        own = bench.metrics.router.auc_edit_vs_harmful
+        notes.append(
+            f"AUC of held-out edit prompts against harmful keeps: the comparators' probe {auc:.3f}, the run's own gate "
+            f"{'n/a' if own is None else format(own, '.3f')}. Both read the same states."
+        )
     missing = unavailable(bench, asked.every_variant())
     notes += [f"{v} was not measured: the run has no fitted veto, so that variant is n/a." for v in missing]
     if not overlap_available():

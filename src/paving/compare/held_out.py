@@ -11,12 +11,12 @@ from paving.compare.bench import Bench
 from paving.compare.fitting import Fitting
 from paving.compare.methods import OWN_ROUTING, VARIANTS
 from paving.compare.own import OwnChosen, own_rules
-from paving.evaluation.comparison import BASE, OWN, Choice, ComparedRow, edit_success, is_success
+from paving.evaluation.comparison import BASE, OWN, Choice, ComparedRow, TargetSimilarity, edit_success, is_success
 from paving.evaluation.judges import Label
 from paving.evaluation.resampling import grouped_pair
 from paving.evaluation.results import Row
 from paving.evaluation.rows import table_rows
-from paving.evaluation.similarity import benign_similarity
+from paving.evaluation.similarity import benign_similarity, target_similarity
 from paving.evaluation.three_way import Protocol, RowSpec, three_way
 from paving.evaluation.verdicts import read_verdicts
 from paving.generation import Completion, load_completions
@@ -104,7 +104,8 @@ def held_out_rows(
     for c, m, row in zip(chosen, measured[1:], rows[1:], strict=True):
         answered = Answered.of(m.completions, m.labels)
         told = [notes[c.name]] if notes.get(c.name) else []
-        found.append(compared(row, answered, base, groups, bert_model, c.name, c.variant, c.rules, told))
+        made = compared(row, answered, base, groups, bert_model, c.name, c.variant, c.rules, told)
+        found.append(made.model_copy(update={"target": to_the_point(bench, answered)}))
     methods, order = list(dict.fromkeys(r.method for r in found)), [*ORDER, *OWN_ROWS]
     found.sort(key=lambda r: (methods.index(r.method), order.index(r.variant), r.scale))  # as tables are read
     return [*own, *found]
@@ -125,8 +126,21 @@ def own_rows(
     rows = []
     for name, row in by_name.items():
         method, rules = BASE if name == "base" else OWN, taken.get((name, row.scale), ())
-        rows.append(compared(row, answered[name], base, groups_of(bench), bert_model, method, name, rules, []))
+        made = compared(row, answered[name], base, groups_of(bench), bert_model, method, name, rules, [])
+        rows.append(made.model_copy(update={"target": to_the_point(bench, answered[name])}))
     return base, rows
+
+
+def to_the_point(bench: Bench, answered: Answered) -> TargetSimilarity:
+    """Answers to edit prompts beside the targets, as far as these go."""
+    tokenizer, targets = bench.backbone.tokenizer, bench.held_out_targets
+    cut = {
+        i: tokenizer(answered.completions[i].response, add_special_tokens=False)["input_ids"][: len(targets[i])]
+        for i in answered.ids(Bucket.EDIT)
+        if i in targets
+    }
+    answers = tokenizer.batch_decode(list(cut.values()), skip_special_tokens=True)
+    return target_similarity(answers, tokenizer.batch_decode([targets[i] for i in cut], skip_special_tokens=True))
 
 
 def groups_of(bench: Bench) -> dict[str, str]:

@@ -87,6 +87,18 @@ class BenignSimilarity(Record):
     bert_score: float | None
 
 
+class TargetSimilarity(Record):
+    """Answers to edit prompts beside their edit targets, each answer cut to as many tokens as its target has. A judge calls
+    any fluent answer to a safe prompt a success; this says whether it is to the point.
+
+    rouge_l  mean F1 in [0, 1]; chrf: mean sentence chrF in [0, 100]. None: not measured
+    """
+
+    n: int
+    rouge_l: float | None
+    chrf: float | None
+
+
 class ComparedRow(Record):
     """One row of the table on the held-out split.
 
@@ -106,6 +118,7 @@ class ComparedRow(Record):
     success_against_base: PairedRates | None
     benign: BenignSimilarity
     row: Row
+    target: TargetSimilarity | None = None  # comparisons of before have none
 
 
 class MethodRecord(Record):

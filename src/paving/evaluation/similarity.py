@@ -1,10 +1,11 @@
-"""How near a row's answers to benign keeps are to the base's own (Residual Paving, tables 10 to 12)."""
+"""How near a row's answers to benign keeps are to the base's own (Residual Paving, tables 10 to 12), and those to edit
+prompts to their targets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paving.evaluation.comparison import BenignSimilarity, is_success
+from paving.evaluation.comparison import BenignSimilarity, TargetSimilarity, is_success
 from paving.evaluation.diagnostics.usefulness import bert_score, overlap, overlap_available
 from paving.evaluation.judges import Label
 from paving.evaluation.statistics import wilson
@@ -40,6 +41,14 @@ def benign_similarity(
         chrf=chrf,
         bert_score=bert,
     )
+
+
+def target_similarity(answers: Sequence[str], targets: Sequence[str]) -> TargetSimilarity:
+    """answers: of edit prompts that have a target, cut to its length; targets in the same order."""
+    if not answers or not overlap_available():
+        return TargetSimilarity(n=len(answers), rouge_l=None, chrf=None)
+    found = overlap(answers, targets)
+    return TargetSimilarity(n=len(answers), rouge_l=found.rouge_l, chrf=found.chrf)
 
 
 def _with_same(mean: float | None, n_differing: int, n: int, same: float) -> float:

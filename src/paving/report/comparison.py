@@ -153,7 +153,10 @@ def rows_table(found: Comparison) -> Table:
 
 
 def benign_table(found: Comparison) -> Table:
-    columns = ("method", "variant", "scale", "same label % [CI]", "label not worse % [CI]", "ROUGE-L", "chrF", "BERTScore")
+    columns = (
+        "method", "variant", "scale", "same label % [CI]", "label not worse % [CI]", "ROUGE-L", "chrF", "BERTScore",
+        "edit: ROUGE-L", "edit: chrF",
+    )  # fmt: skip
     rows = tuple(
         (
             *_name_cells(r),
@@ -162,10 +165,16 @@ def benign_table(found: Comparison) -> Table:
             _hundred(r.benign.rouge_l, 100, r),
             _hundred(r.benign.chrf, 1, r),
             _hundred(r.benign.bert_score, 100, r),
+            _to_target(r.target and r.target.rouge_l, 100),
+            _to_target(r.target and r.target.chrf, 1),
         )
         for r in found.rows
     )
     return Table(columns, rows)
+
+
+def _to_target(value: float | None, factor: int) -> Cell:
+    return Cell("n/a") if value is None else Cell(f"{factor * value:.1f}", value)
 
 
 def _hundred(value: float | None, factor: int, r: ComparedRow) -> Cell:

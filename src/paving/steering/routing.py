@@ -85,15 +85,18 @@ class Probe:
         )
 
 
-def fit_probe(z: Tensor, is_edit: Sequence[bool], *, l2: float = 1e-3) -> Linear:
+PROBE_C = 0.01  # as of the linear gates that a gate search tries: thousands of features, some hundred prompts
+
+
+def fit_probe(z: Tensor, is_edit: Sequence[bool], *, c: float = PROBE_C) -> Linear:
     """Logistic regression on standardised boundary states, both classes weighing the same. z: (n, n_features) float32.
 
-    l2: per prompt, as in the veto of Residual Paving (table 5)
+    c: scikit-learn's C, the inverse of the penalty on squared weights
     raises SteeringError unless both classes are there
     """
     if len(set(is_edit)) < 2:
         raise SteeringError("a probe needs edit prompts and keeps to tell apart; the training split has only one kind.")
     mean, std = z.mean(0), z.std(0).clamp_min(1e-4)
     x = ((z - mean) / std).double().cpu().numpy()
-    fitted = LogisticRegression(C=1 / (l2 * len(z)), class_weight="balanced", max_iter=2000).fit(x, list(is_edit))
+    fitted = LogisticRegression(C=c, class_weight="balanced", max_iter=2000).fit(x, list(is_edit))
     return Linear(mean, std, torch.tensor(fitted.coef_[0], dtype=torch.float32), float(fitted.intercept_[0]))

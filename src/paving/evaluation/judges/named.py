@@ -1,6 +1,7 @@
 """A judge from a line of text: what `--judge` takes, and what a run's configuration can hold.
 
     rules
+    rules:edit=harmful
     hf:rubric=MODEL
     hf:classifier=MODEL[,refusal=LABEL|LABEL,other=LABEL|LABEL]
     hf:wildguard=MODEL[,undecided=rules]
@@ -9,8 +10,9 @@
     api:PROVIDER/MODEL[,base_url=URL,key=VARIABLE,rpm=N,tpm=N,concurrency=N,retries=N,timeout=SECONDS,...]
 
 MODEL is a Hugging Face id, a local folder, or the embedded model; behind `api:` it is what the provider calls it, and the
-provider one that Inspect AI knows. Reading a line loads nothing and imports no torch; `judge_from` reads it and loads
-what it names.
+provider one that Inspect AI knows. `edit=harmful` tells the rules that the edit bucket holds harmful requests, to be
+reframed: a fluent set of steps is then no success there. Reading a line loads nothing and imports no torch; `judge_from`
+reads it and loads what it names.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from paving.evaluation.judges.protocol import Judge
 from paving.evaluation.judges.rules import RuleJudge
 
 ALLOWED = (
-    "rules, "
+    "rules, rules:edit=harmful, "
     + ", ".join(f"hf:{kind}=MODEL" for kind in KINDS[:-1])
     + ", hf:tiered=CLASSIFIER,then=MODEL, api:PROVIDER/MODEL"
 )
@@ -48,8 +50,8 @@ class JudgeLine:
     def __post_init__(self) -> None:
         allowed = _options_of(self.kind)
         if self.kind == "rules":
-            if self.model or self.options:
-                raise ValueError("the rules take no model and no options: write just `rules`.")
+            if self.model or self.options not in ({}, {"edit": "harmful"}):
+                raise ValueError("the rules take no model, and no option but one: write `rules` or `rules:edit=harmful`.")
             return
         shown = "api" if self.kind == "api" else f"hf:{self.kind}"
         if unknown := sorted(set(self.options) - set(allowed)):
@@ -79,7 +81,7 @@ class JudgeLine:
 
     def __str__(self) -> str:
         if self.kind == "rules":
-            return "rules"
+            return "rules:edit=harmful" if self.options else "rules"
         head = f"api:{self.model}" if self.kind == "api" else f"hf:{self.kind}={self.model}"
         return ",".join([head, *(f"{name}={value}" for name, value in self.options.items())])
 
@@ -102,8 +104,8 @@ def _options_of(kind: str) -> tuple[str, ...]:
 
 def judge_line(text: str) -> JudgeLine:
     """Read a line such as `rules` or `hf:rubric=Qwen/Qwen3-4B`. raises ValueError that names what is allowed."""
-    if text == "rules":
-        return JudgeLine("rules")
+    if text in ("rules", "rules:edit=harmful"):
+        return JudgeLine("rules", options={"edit": "harmful"} if text != "rules" else {})
     scheme, colon, rest = text.partition(":")
     if scheme == "api" and colon:
         kind, equals, named = "api", "=", rest
@@ -132,7 +134,7 @@ def judge_from(
     """
     line = judge_line(text)
     if line.kind == "rules":
-        return RuleJudge()
+        return RuleJudge(harmful_edits=bool(line.options))
     if line.kind == "api":
         from paving.evaluation.judges.api import ApiJudge
 
