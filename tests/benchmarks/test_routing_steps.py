@@ -48,7 +48,8 @@ def test_too_few_groups_promise_nothing(routing_steps):
 
 
 def test_each_step_allows_what_the_one_before_does_and_more(routing_steps):
-    steps = list(routing_steps.steps_of((8, 12, 16), 30).values())
+    alone, early, *steps = routing_steps.steps_of((8, 12, 16), 30).values()
+    assert alone == steps[0] and early == steps[0].model_copy(update={"layers": ((1, 2, 3, 4),)})
     for before, after in pairwise(steps):
         assert before != after
         assert set(before.layers) <= set(after.layers) and set(before.poolings) <= set(after.poolings)
@@ -62,8 +63,47 @@ def test_rows_are_printed_with_n_and_interval(routing_steps):
     row = routing_steps.step(prompts, logits, logits > 0, "why")
     assert row["auc"] == 0.75
     summary = {
-        "steps": [routing_steps.pooled("one", [row], {p.id: p.group for p in prompts})],
+        "steps": [routing_steps.pooled("one", [row], [row], {p.id: p.group for p in prompts})],
         "promise": {0: {"harmful_keep": {"of all": routing_steps.resplit(np.arange(4.0), keeps(4), 0.5, False)}}},
     }
     text = routing_steps.as_text(summary)
-    assert "| one | 0.750 (0.750) | 1/1 100.0 |" in text and "1/4 25.0 [" in text and "too few groups" in text
+    assert (
+        "| one | 0.750 [" in text
+        and "(0.750) | +0.000 [+0.000, +0.000] | 1/1 100.0 |" in text
+        and "1/4 25.0 [" in text
+        and "too few groups" in text
+    )
+
+
+def test_what_arithmetic_says_is_what_shuffled_scores_do(routing_steps):
+    """51 groups, 25 of which set the threshold: three of the highest must fall among the other 26."""
+    rng, exceeded = np.random.default_rng(0), 0
+    for _ in range(4000):
+        scores = rng.permutation(51)
+        exceeded += (scores[25:] > scores[:25].max()).mean() > routing_steps.ALPHA
+    assert routing_steps.by_arithmetic(51, 25) == pytest.approx(exceeded / 4000, abs=0.02)
+    found = routing_steps.resplit(rng.normal(size=51), keeps(51), 0.5, False)
+    assert found["by_arithmetic"] == routing_steps.by_arithmetic(51, found["first"])
+
+
+def test_the_held_out_row_counts_groups_as_promised_and_prompts_as_deployed(routing_steps):
+    prompts = keeps(60, per_group=2)
+    scores = np.full(60, -3.0)
+    scores[[50, 51, 54, 58]] = -1.0, 2.0, -2.5, 1.0  # 50 and 51 are one group
+    found = routing_steps.promised_once(scores, prompts, range(50), range(50, 60))
+    assert found["threshold"] == -3.0 and found["first"] == 25
+    assert found["rate"] == 3 / 5, "three of five groups have a prompt above the threshold of the calibration"
+    assert found["prompt_rate"] == 2 / 10, "and two of ten prompts open a gate that never opens below 0"
+
+
+def test_an_auc_and_its_interval_are_of_all_seeds(routing_steps):
+    prompts = [*keeps(8), *(Prompt(f"e{i}", "edit", Bucket.EDIT, group=f"e{i}") for i in range(8))]
+    rng, groups = np.random.default_rng(3), {p.id: p.group for p in prompts}
+    seeds = []
+    for shift in (0.5, 2.0):
+        logits = rng.normal(size=16) + shift * np.array([p.bucket is Bucket.EDIT for p in prompts])
+        seeds.append(routing_steps.step(prompts, logits, logits > 0, ""))
+    row = routing_steps.pooled("one", seeds, seeds[::-1], groups)
+    assert row["auc"] == [pytest.approx(routing_steps.won(s).mean()) for s in seeds]
+    assert row["auc_interval"][0] < np.mean(row["auc"]) < row["auc_interval"][1]
+    assert row["difference"] == pytest.approx(0.0)
