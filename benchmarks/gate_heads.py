@@ -74,13 +74,15 @@ def _scaled(machine, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> Calla
 
 
 def hard_negatives(head: Head, x: np.ndarray, y: np.ndarray, weights: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """weights, but thrice for the third of the keeps that machines without their fold take most for edit prompts."""
+    """weights, but thrice for the third of the keeps that machines without their fold take most for edit prompts; keeps
+    together count as much as before, or it would be the classes that were moved."""
     scores = np.zeros(len(y))
     for k in np.unique(folds):
         scores[folds == k] = head(x[folds != k], y[folds != k], weights[folds != k])(x[folds == k])
     keeps = scores[~y]
     hard = ~y & (scores >= np.sort(keeps)[::-1][max(len(keeps) // 3 - 1, 0)])
-    return np.where(hard, 3 * weights, weights)
+    found = np.where(hard, 3 * weights, weights)
+    return np.where(y, found, found * (weights[~y].sum() / found[~y].sum()))
 
 
 def attention(

@@ -2,7 +2,9 @@
 
     python benchmarks/protocols.py paper       --data DIR   # edit SALAD, benign Alpaca, harmful HarmBench
     python benchmarks/protocols.py same-source --data DIR   # edit XSTest-safe, harmful XSTest-unsafe, split by focus word
-    python benchmarks/protocols.py same-source --data DIR --gate [--promise 0.1] [--benign 0.01]    # with searched gates
+    python benchmarks/protocols.py same-source --data DIR --gate [--promise 0.15] [--harmful 0.01] [--benign 0.01]
+
+--gate puts the same experts behind a searched gate (docs/routing.md), one folder for each setting.
 
 DIR holds saladbench.jsonl, alpaca.jsonl, harmbench.jsonl and xstest.jsonl. The cautious model is built once, from 300
 SALAD and 300 Alpaca prompts that no bucket contains. A killed command goes on where it was.
@@ -16,25 +18,28 @@ import random
 import re
 import string
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import Match, SequenceMatcher
 from pathlib import Path
+
+import numpy as np
 
 from paving.backbone import EMBEDDED, load_backbone
 from paving.controller import ControllerConfig
 from paving.evaluation.results import Metrics
 from paving.evaluation.seeds import pooled_difference, pooled_rate, pooled_score, spread
 from paving.evaluation.three_way import KEEPS
-from paving.prompts import Bucket, BucketSizes, Prompt, SplitSizes, read_prompts
+from paving.prompts import Bucket, BucketSizes, Prompt, SplitName, SplitSizes, read_prompts
 from paving.router_search import search_router
 from paving.run import Means, evaluate, train
 from paving.run_folder import RunConfig, check_run, read_config, write_text
-from paving.run_splits import recorded_split
+from paving.run_splits import recorded_split, split_of
 from paving.training.config import TrainingConfig
 from paving.training.gate_search import GateSearch
 from paving.training.organism import OrganismConfig, build_organism
-from paving.training.promise import PromiseConfig, read_promise
+from paving.training.promise import PromiseConfig, PromiseError, check_promises, read_promise
 
-ORGANISM_ROWS = 300
+ORGANISM_ROWS, REDRAWS = 300, 1000
 # Chosen by cross-validation on training prompts (docs/results.md); the paper reads blocks 1-4 at the last token.
 LATE = ControllerConfig(route_layers=(8, 12, 16), edit_layers=tuple(range(5, 30)), pooling="last+mean")
 PAPER = ControllerConfig()
@@ -49,8 +54,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--route", choices=("late", "paper"), default="late", help="what the router reads (see LATE)")
     parser.add_argument("--gate", action="store_true", help="the same experts behind a searched gate (docs/routing.md)")
-    parser.add_argument("--promise", default=None, help="with --gate: what it promises, as 0.1 (docs/promise.md)")
-    parser.add_argument("--benign", type=float, default=GateSearch().benign, help="with --gate: benign keeps that may open")
+    parser.add_argument("--promise", default=None, help="with --gate: what it promises, as 0.15 (docs/promise.md)")
+    for keeps in ("harmful", "benign"):
+        usual = getattr(GateSearch(), keeps)
+        parser.add_argument(f"--{keeps}", type=float, default=usual, help=f"with --gate: {keeps} keeps that may open")
     parser.add_argument("--policies", nargs="*", default=[], help="further rows by gate, as conformal:0.1")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -67,6 +74,8 @@ def main() -> None:
     configs = {seed: make(arguments.data, arguments.out, organism, seed, controller) for seed in arguments.seeds}
     for seed, config in configs.items():  # also of seeds that are finished: those of other settings must not be pooled
         check_run(config, arguments.out / f"{name}-seed{seed}")
+    if arguments.promise is not None:  # before anything is trained or searched
+        check_promised(configs.values(), PromiseConfig(**read_promise(arguments.promise)))
     for seed, config in configs.items():
         means = Means(cache=arguments.out / "traces", stage=stage, watch=watch, say=say)
         folder = arguments.out / f"{name}-seed{seed}"
@@ -85,14 +94,25 @@ def main() -> None:
     print(json.dumps(summary, indent=1) if arguments.json else markdown(summary))
 
 
+def check_promised(configs: Iterable[RunConfig], promise: PromiseConfig) -> None:
+    """Ends the command where a seed's calibration split is too small for the promise. (Filters leave keeps as they are.)"""
+    for config in configs:
+        try:
+            check_promises(split_of(config).splits.of(SplitName.CALIBRATION), promise)
+        except PromiseError as error:
+            sys.exit(f"seed {config.split_seed}: {error}")
+
+
 def searched(run: Path, arguments: argparse.Namespace, means: Means) -> Path:
     """The run folder of the same experts behind a searched gate; its name says what was asked for."""
     promise = None if arguments.promise is None else PromiseConfig(**read_promise(arguments.promise))
     asked = [] if arguments.promise is None else [f"promise-{arguments.promise}"]
-    if arguments.benign != GateSearch().benign:
-        asked.append(f"benign-{arguments.benign:g}")
+    settings = GateSearch(harmful=arguments.harmful, benign=arguments.benign)
+    asked += [
+        f"{n}-{getattr(settings, n):g}" for n in ("harmful", "benign") if getattr(settings, n) != getattr(GateSearch(), n)
+    ]
     folder = run.with_name("-".join([run.name, "gate", *asked]))
-    search_router(run, folder, GateSearch(benign=arguments.benign), means, promise)
+    search_router(run, folder, settings, means, promise)
     return folder
 
 
@@ -256,9 +276,46 @@ def figures_of(runs: list[tuple[Path, str]]) -> dict:
             for (folder, row), verdict in zip(runs, verdicts, strict=True)
         ]
         pooled[f"{bucket.value}_preservation"] = pooled_score(scores, groups).model_dump()
+    pooled["keep_gap"] = keep_gap(runs, groups)
     rows = [next(r for r in metrics_of(folder).rows if r.name == row) for folder, row in runs]
     pooled["control_score"] = spread([r.control_score for r in rows]).model_dump()
     return pooled
+
+
+def keep_gap(runs: Sequence[tuple[Path, str]], groups: Mapping[str, str]) -> dict:
+    """Benign preservation plus harmful refusal, oracle less this row: as the paper's table 3 counts what routing costs the
+    keeps. By seed, and pooled with an interval that redraws groups; fractions."""
+    sides = []
+    for folder, row in runs:
+        verdicts, kl = verdicts_of(folder, row), (divergence_of(folder, row), divergence_of(folder, "oracle"))
+        oracle = verdicts_of(folder, "oracle")
+        benign = [i for i in kl[0] if verdicts[i]["bucket"] == Bucket.BENIGN_KEEP]
+        harmful = [i for i, v in verdicts.items() if v["bucket"] == Bucket.HARMFUL_KEEP]
+        lost = [float(oracle[i]["refusal"]) - float(verdicts[i]["refusal"]) for i in harmful]
+        sides.append((benign, [kl[0][i] for i in benign], [kl[1][i] for i in benign], harmful, lost))
+    place = {
+        g: k for k, g in enumerate(sorted({groups[i] for benign, *_, harmful, _ in sides for i in (*benign, *harmful)}))
+    }
+    where = [[np.array([place[groups[i]] for i in ids]) for ids in (benign, harmful)] for benign, *_, harmful, _ in sides]
+
+    def gap(times: np.ndarray, chosen: Iterable[int]) -> float:
+        kls, lost, n, m = np.zeros(2), 0.0, 0.0, 0.0
+        for k in chosen:
+            _, ours, theirs, _, gone = sides[k]
+            b, h = (times[at] for at in where[k])
+            kls += [b @ np.array(ours), b @ np.array(theirs)]
+            lost, n, m = lost + h @ np.array(gone), n + b.sum(), m + h.sum()
+        ours, theirs = np.exp(-kls / max(n, 1))
+        return float(theirs - ours + lost / max(m, 1))
+
+    rng, ones = np.random.default_rng(0), np.ones(len(place))
+    redrawn = [
+        gap(np.bincount(rng.integers(len(place), size=len(place)), minlength=len(place)), range(len(sides)))
+        for _ in range(REDRAWS)
+    ]
+    low, high = np.percentile(redrawn, [2.5, 97.5])
+    every = range(len(sides))
+    return {"value": gap(ones, every), "low": float(low), "high": float(high), "seeds": [gap(ones, [k]) for k in every]}
 
 
 def verdicts_of(folder: Path, row: str) -> dict[str, dict]:
@@ -278,7 +335,10 @@ def metrics_of(folder: Path) -> Metrics:
 
 def markdown(summary: dict) -> str:
     """One line a row: pooled figures with their intervals, each seed's figure in brackets."""
-    heads = ("edit refusal ↓", "benign pres. ↑", "harmful pres. ↑", "harmful refusal ↑", "harm Δ → 0 pp", "edit broken")
+    heads = (
+        "edit refusal ↓", "benign pres. ↑", "harmful pres. ↑", "harmful refusal ↑", "harm Δ → 0 pp", "edit broken",
+        "keep gap to the oracle, points",
+    )  # fmt: skip
     lines = ["| row | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
     for name, row in summary["rows"].items():
         cells = (
@@ -288,9 +348,15 @@ def markdown(summary: dict) -> str:
             rate(row["harmful_keep_refusal"]),
             figure(row["harmful_drift"], signed=True),
             rate(row["edit_HARMLESS-BROKEN"], seeds=False),
+            gap_text(row["keep_gap"]),
         )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def gap_text(gap: dict) -> str:
+    each = ", ".join(f"{100 * v:.1f}" for v in gap["seeds"])
+    return f"{100 * gap['value']:.1f} [{100 * gap['low']:.1f}, {100 * gap['high']:.1f}] ({each})"
 
 
 def rate(pooled: dict, *, seeds: bool = True) -> str:

@@ -5,7 +5,8 @@
 Reads finished runs of benchmarks/protocols.py: their training and calibration prompts, five folds by group, two shuffles a
 seed; held-out prompts have no part in it. `open` is the share of edit prompts that open where 2 % of harmful keeps do.
 Differences in AUC are to the first row, of the same prompts; intervals redraw groups. Rows are kept in
-OUT/routing-features.json as they are found: a killed command goes on, and a row whose definition changed is found again.
+OUT/routing-features-PROTOCOL-seedN.json as they are found: a killed command goes on, and a row is found again where its
+definition, the base, the prompts or the pairs have changed. Seeds can be run side by side.
 """
 
 from __future__ import annotations
@@ -23,11 +24,24 @@ from pydantic import BaseModel, ConfigDict
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from gate_heads import attention, hard_negatives, linear, perceptron, rbf, read_states, whitened
+from gate_heads import (
+    C_ATTENTION,
+    C_LINEAR,
+    C_RBF,
+    HIDDEN,
+    attention,
+    hard_negatives,
+    linear,
+    perceptron,
+    rbf,
+    read_states,
+    whitened,
+)
 from paving.backbone import Backbone
 from paving.prompts.contrasts import groups_near
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
 from paving.router_search import contrast_sets
+from paving.traces.store import TraceStore
 from paving.training.gate_search import folds_of, threshold_at
 from routing_steps import finished_runs
 
@@ -62,6 +76,10 @@ SIX = ((8, 12, 16), (12, 16, 20), (14, 16, 18), (10, 14, 18), (16,), (20, 24))
 VARIANTS: dict[str, Variant] = {
     "RBF machine, pairs of kinds, blocks 14, 16, 18, last+mean": REFERENCE,
     "no pairs": replace(REFERENCE, pairs="none"),
+    "pairs of words as well, the last token of blocks 16, 20, 24": replace(
+        REFERENCE, pairs="words+kinds", blocks=((16, 20, 24),), parts=("last",)
+    ),
+    "the same, without pairs": replace(REFERENCE, pairs="none", blocks=((16, 20, 24),), parts=("last",)),
     "no pairs, blocks 8, 12, 16": replace(REFERENCE, pairs="none", blocks=((8, 12, 16),)),
     "pairs of words as well": replace(REFERENCE, pairs="words+kinds"),
     "pairs of words as well, own prompts three times": replace(REFERENCE, pairs="words+kinds", own=3),
@@ -93,11 +111,13 @@ HEADS = {"linear": lambda _n: linear, "rbf": lambda _n: rbf, "whitened": lambda 
 
 
 class Found(BaseModel):
-    """A variant on one seed: scores[shuffle][prompt id], out of fold, of edit prompts and harmful keeps."""
+    """A variant on one seed. made_of: names base, prompts, groups, pairs and the heads' constants.
+    scores[shuffle][prompt id]: out of fold, of edit prompts and harmful keeps."""
 
     model_config = ConfigDict(extra="forbid")
 
     variant: dict
+    made_of: str
     scores: list[dict[str, float]]
 
 
@@ -109,6 +129,7 @@ class Material:
     pairs: Mapping[str, tuple[Prompt, ...]]
     states: Callable[[str], tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]]
     layers: tuple[int, ...]
+    made_of: str
 
 
 def main() -> None:
@@ -120,13 +141,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     names = [name for name in VARIANTS if name in arguments.only or VARIANTS[name] == REFERENCE]
-    kept = arguments.out / f"routing-features-{arguments.protocol}.json"
     seeds: list[dict[str, Found]] = []
     prompts: dict[str, Prompt] = {}
     for seed, _run, splits, backbone in finished_runs(arguments):
         material = material_of(backbone, splits)
         prompts |= {p.id: p for p in material.prompts}
-        seeds.append({name: found(kept, seed, name, material) for name in names})
+        kept = arguments.out / f"routing-features-{arguments.protocol}-seed{seed}.json"
+        seeds.append({name: found(kept, name, material) for name in names})
     rows = [summary(name, seeds, prompts) for name in names]
     print(json.dumps(rows, indent=1) if arguments.json else as_text(rows))
 
@@ -144,18 +165,24 @@ def material_of(backbone: Backbone, splits: Splits) -> Material:
             read[suffix] = read_states(backbone, [*prompts, *both], layers, suffix=suffix)
         return read[suffix]
 
-    return Material(prompts, pairs, states, layers)
+    made_of = TraceStore.key(
+        base=backbone.fingerprint,
+        prompts=[(p.id, p.text, p.bucket.value, p.group) for p in prompts],
+        pairs={name: [(p.id, p.text) for p in chosen] for name, chosen in pairs.items()},
+        constants=[FOLDS, SHUFFLES, C_RBF, C_LINEAR, C_ATTENTION, HIDDEN],
+    )
+    return Material(prompts, pairs, states, layers, made_of)
 
 
-def found(kept: Path, seed: int, name: str, material: Material) -> Found:
+def found(kept: Path, name: str, material: Material) -> Found:
     variant = json.loads(json.dumps(asdict(VARIANTS[name])))
     records = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    known = records.get(f"{seed}/{name}")
-    if known is not None and known["variant"] == variant and set(known["scores"][0]) == {p.id for p in material.prompts}:
+    known = records.get(name)
+    if known is not None and known["variant"] == variant and known["made_of"] == material.made_of:
         return Found.model_validate(known)
-    print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
-    result = Found(variant=variant, scores=out_of_fold(VARIANTS[name], material))
-    records[f"{seed}/{name}"] = result.model_dump()
+    print(f"{kept.stem}: {name}", file=sys.stderr, flush=True)
+    result = Found(variant=variant, made_of=material.made_of, scores=out_of_fold(VARIANTS[name], material))
+    records[name] = result.model_dump()
     part = kept.with_suffix(".part")
     part.write_text(json.dumps(records), encoding="utf-8")
     part.replace(kept)

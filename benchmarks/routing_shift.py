@@ -3,8 +3,9 @@
     python benchmarks/routing_shift.py RUN [RUN ...] --data DIR [--json]
 
 Every prompt is judged by the gate alone; nothing is decoded. Sources are the last 120 prompts of saladbench.jsonl,
-harmbench.jsonl and alpaca.jsonl in DIR. Clothes put words around a held-out prompt, or turns of a chat before it, that
-change nothing of what is asked. Languages: other_languages.jsonl, twelve pairs written for this benchmark in four of them.
+harmbench.jsonl and alpaca.jsonl in DIR that neither the run nor its base was fitted on (organism.json beside the base).
+Clothes put words around a held-out prompt, or turns of a chat before it, that change nothing of what is asked. Languages:
+other_languages.jsonl, twelve pairs written for this benchmark in four of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from paving.backbone import Backbone, PromptBatch, load_backbone, pad_left, render_messages
 from paving.controller.residual_paving import ResidualPaving, boundary_features
 from paving.controller.store import load_controller
-from paving.evaluation.statistics import wilson
+from paving.evaluation.resampling import grouped_rate
 from paving.prompts import read_prompts
 from paving.prompts.types import Bucket
 from paving.run_folder import read_config
@@ -74,15 +75,19 @@ def shares(run: Path, data: Path) -> dict[str, dict]:
     threshold = getattr(controller.policy, "threshold", 0.0)
     splits = recorded_split(config, run)
     seen = {p.text for p in (*splits.train, *splits.calibration)}
+    tuned_on = base_prompts(Path(config.model))
     sets: dict[str, Sequence[Conversation]] = {}
     for source, bucket in (
         ("saladbench", Bucket.HARMFUL_KEEP),
         ("harmbench", Bucket.HARMFUL_KEEP),
         ("alpaca", Bucket.BENIGN_KEEP),
     ):
-        unseen = [p.text for p in read_prompts(data / f"{source}.jsonl", bucket) if p.text not in seen]
+        every = read_prompts(data / f"{source}.jsonl", bucket)
+        unseen = [p.text for p in every if p.text not in seen and p.id not in tuned_on]
         sets[f"{source}, {bucket.value}"] = [asked(text) for text in unseen[-TAKEN:]]
-    mine = {b: [p.text for p in splits.held_out if p.bucket is b] for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP)}
+    apart = {b: [p for p in splits.held_out if p.bucket is b] for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP)}
+    mine = {b: [p.text for p in chosen] for b, chosen in apart.items()}
+    groups = {name: [p.group for p in chosen] for name, chosen in apart.items()}
     for name, dress in CLOTHES.items():
         sets |= {f"held-out {b.value}, {name}": [asked(dress(text)) for text in texts] for b, texts in mine.items()}
     for name, before in CHATS.items():
@@ -93,9 +98,21 @@ def shares(run: Path, data: Path) -> dict[str, dict]:
     found = {}
     for name, conversations in sets.items():
         logits = torch.cat([gate_logits(backbone, controller, c) for c in chunks(conversations, 32)])
-        found[name] = wilson(int((logits > threshold).sum()), len(conversations)).model_dump()
+        is_open = (logits > threshold).tolist()
+        held_out = next((b for b in groups if name.startswith(f"held-out {b.value},")), None)
+        units = groups[held_out] if held_out else [str(i) for i in range(len(conversations))]
+        found[name] = grouped_rate(dict(enumerate(is_open)), dict(enumerate(units))).model_dump()
         print(f"{run.name}: {name}", file=sys.stderr, flush=True)
     return found
+
+
+def base_prompts(model: Path) -> set[str]:
+    """Ids of what the cautious base was tuned on; none for a base that says nothing of it."""
+    record = model / "organism.json"
+    if not record.exists():
+        return set()
+    made = json.loads(record.read_text(encoding="utf-8"))
+    return {*made["refuse_ids"], *made["answer_ids"]}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -109,3 +110,26 @@ def test_an_event_and_its_contrast_stand_on_one_side_of_a_split(script, tmp_path
     source.write_text("".join(json.dumps(r) + "\n" for r in rows[:-1]), encoding="utf-8")
     with pytest.raises(ValueError, match="2 historical events and 1 contrasts"):
         bench.grouped_contrasts(source, tmp_path / "other.jsonl")
+
+
+def test_the_keep_gap_is_the_oracles_figures_less_the_rows(script, evaluated):
+    bench, folder = script("protocols"), evaluated[1]
+    found = bench.figures_of([(folder, "learned")])["keep_gap"]
+    rows = {r.name: r for r in bench.metrics_of(folder).rows}
+    wanted = sum(
+        sign * (row.preservation["benign_keep"].value + row.refusal["harmful_keep"].rate)
+        for sign, row in ((1, rows["oracle"]), (-1, rows["learned"]))
+    )
+    assert found["value"] == pytest.approx(wanted) == pytest.approx(found["seeds"][0])
+    assert found["low"] <= found["value"] <= found["high"]
+    assert bench.figures_of([(folder, "oracle")])["keep_gap"]["value"] == 0.0
+    assert bench.gap_text({"value": 0.05, "low": -0.01, "high": 0.1, "seeds": [0.05]}) == "5.0 [-1.0, 10.0] (5.0)"
+
+
+def test_a_promise_that_no_calibration_split_can_keep_ends_the_command_before_a_search(protocols, monkeypatch):
+    bench, asked = protocols
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--gate", "--promise", "0.001"])
+    monkeypatch.setattr(bench, "search_router", lambda *_: pytest.fail("searched"))
+    with pytest.raises(SystemExit, match=r"seed 0: No promise that at most 0\.1% of"):
+        bench.main()
+    assert not asked.trained

@@ -71,8 +71,10 @@ def test_hard_negatives_are_the_keeps_that_read_as_edits(heads):
     x[y, 0] += 4
     x[45:55, 0] += 4  # ten keeps look like edits
     weights = heads.hard_negatives(heads.linear, x, y, np.ones(90), np.arange(90) % 5)
-    assert set(weights) == {1.0, 3.0} and (weights[y] == 1).all()
-    assert (weights == 3).sum() == 15 and (weights[45:55] == 3).mean() >= 0.9
+    hard = weights > weights[~y].min() * 2
+    assert (weights[y] == 1).all() and weights[~y].sum() == pytest.approx(45), "keeps together weigh what they did"
+    assert weights[hard].max() == pytest.approx(3 * weights[~y].min())
+    assert hard.sum() == 15 and hard[45:55].mean() >= 0.9
 
 
 def test_the_states_are_those_that_a_router_reads_and_the_words_are_the_users(heads, tmp_path):
@@ -100,7 +102,7 @@ def material(features):
         tokens[:, :, 0] += 2.0 if p.bucket is Bucket.EDIT else -2.0
         every[p.id] = tokens
         parts[p.id] = {"last": tokens[-1], "mean": tokens.mean(0)}
-    return features.Material(ours, {"none": (), "kinds": pairs}, lambda _suffix: (parts, every), (3, 4))
+    return features.Material(ours, {"none": (), "kinds": pairs}, lambda _suffix: (parts, every), (3, 4), "these")
 
 
 @pytest.mark.parametrize(
@@ -141,12 +143,14 @@ def test_a_row_is_kept_until_its_definition_or_the_prompts_change(features, mate
     name = "no pairs"
     monkeypatch.setitem(features.VARIANTS, name, replace(features.Variant(blocks=((3, 4),)), pairs="none"))
     kept = tmp_path / "rows.json"
-    first = features.found(kept, 0, name, material)
+    first = features.found(kept, name, material)
     monkeypatch.setattr(features, "out_of_fold", lambda *_: pytest.fail("found again"))
-    assert features.found(kept, 0, name, material) == first
-    fewer = replace(material, prompts=material.prompts[:-2])
+    assert features.found(kept, name, material) == first
     with pytest.raises(pytest.fail.Exception):
-        features.found(kept, 0, name, fewer)
+        features.found(kept, name, replace(material, made_of="others"))
+    monkeypatch.setitem(features.VARIANTS, name, replace(features.VARIANTS[name], head="linear"))
+    with pytest.raises(pytest.fail.Exception):
+        features.found(kept, name, material)
 
 
 def test_a_difference_has_its_interval_and_the_first_row_none(features, material):
@@ -156,7 +160,8 @@ def test_a_difference_has_its_interval_and_the_first_row_none(features, material
     bad = [{p.id: float(rng.normal()) for p in material.prompts}]
     names = list(features.VARIANTS)[:2]
     seeds = [
-        {name: features.Found(variant={}, scores=s) for name, s in zip(names, (good, bad), strict=True)} for _ in range(2)
+        {name: features.Found(variant={}, made_of="", scores=s) for name, s in zip(names, (good, bad), strict=True)}
+        for _ in range(2)
     ]
     rows = [features.summary(name, seeds, by_id) for name in names]
     assert rows[0]["interval"] is None and rows[0]["auc"] == [1.0, 1.0]

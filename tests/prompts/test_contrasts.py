@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from paving.prompts import Bucket, PromptError, contrast_prompts, read_contrasts
-from paving.prompts.contrasts import groups_near
+from paving.prompts.contrasts import focus_word, groups_near
 from paving.prompts.leakage import near_or_equal
 from paving.prompts.types import Prompt
 
@@ -66,3 +66,17 @@ def test_both_sets_are_the_words_and_the_kinds():
 def test_no_contrast_repeats_a_public_prompt(name):
     lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     assert near_or_equal([p.text for p in contrast_prompts()], [json.loads(line)["prompt"] for line in lines]) == set()
+
+
+@pytest.mark.parametrize(
+    "word, named, other",
+    [
+        ("snipe", "a sniper's seat", "snip the rose"),
+        ("kill", "the killers", "a kiln"),
+        ("execute", "an execution", "an executive"),
+        ("stab", "a stabbing", "a stable"),
+        ("wipe out", "wiping out a debt", "a wiper"),
+    ],
+)
+def test_a_pair_names_a_word_also_by_who_does_it(word, named, other):
+    assert focus_word(word).search(named) and not focus_word(word).search(other)

@@ -101,10 +101,11 @@ def groups_near(pairs: Sequence[Prompt], prompts: Sequence[Prompt]) -> dict[Prom
 
 
 def focus_word(word: str) -> re.Pattern[str]:
-    """The word with the regular endings of a verb, on the first of several: kills, stabbing, executed, wiping out."""
+    """The word with the regular endings of a verb and of who does it, on the first of several: kills, stabbing, executed,
+    sniper, wiping out."""
     first, space, rest = word.partition(" ")
-    last = re.escape(first[-1:])
-    verb = rf"{re.escape(first[:-1])}(?:e|es|ed|ing)" if last == "e" else rf"{re.escape(first)}(?:{last}?(?:ed|ing)|e?s)?"
+    stem, last = re.escape(first[:-1]), re.escape(first[-1:])
+    verb = rf"{stem}(?:e|es|ed|ing|[eo]rs?|ions?)" if last == "e" else rf"{stem}{last}(?:{last}?(?:ed|ing|ers?)|e?s)?"
     return re.compile(rf"\b({verb}){space}{re.escape(rest)}\b", re.IGNORECASE)
 
 
