@@ -135,7 +135,7 @@ def test_too_few_groups_are_refused():
 
 
 def test_default_layers_stand_in_the_middle_at_any_depth():
-    assert default_layers(30) == ((8, 12, 16), (12, 16, 20), (14, 16, 18), (16,))
+    assert default_layers(30) == ((8, 12, 16), (12, 16, 20), (16, 20, 24), (14, 16, 18), (16,))
     for n in (2, 3, 12, 80):
         assert all(0 <= layer < n for layers in default_layers(n) for layer in layers)
         assert all(len(set(layers)) == len(layers) for layers in default_layers(n))

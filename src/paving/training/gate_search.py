@@ -35,7 +35,7 @@ C_RBF, C_LINEAR = 10.0, 0.01
 class GateSearch(BaseModel):
     """What is tried, and how much may leak.
 
-    layers    sets of blocks to read; None: four sets from the middle of the network
+    layers    sets of blocks to read; None: five sets from the middle of the network
     contrast  `starter`, a JSONL file of pairs (see prompts.contrasts), or `none`
     harmful   highest share of harmful keeps, out of fold, that may open the gate
     benign    the same for benign keeps
@@ -98,8 +98,8 @@ class FoundGate:
 
 
 def default_layers(n_layers: int) -> tuple[tuple[int, ...], ...]:
-    """Four sets of blocks by relative depth, between a quarter and seven tenths: where probes do best."""
-    depths = ((0.28, 0.41, 0.55), (0.41, 0.55, 0.69), (0.48, 0.55, 0.62), (0.55,))
+    """Five sets of blocks by relative depth, between a quarter and five sixths: where probes do best."""
+    depths = ((0.28, 0.41, 0.55), (0.41, 0.55, 0.69), (0.55, 0.69, 0.83), (0.48, 0.55, 0.62), (0.55,))
     sets = (tuple(sorted({round(d * (n_layers - 1)) for d in depth})) for depth in depths)
     return tuple(dict.fromkeys(sets))
 
