@@ -6,14 +6,13 @@ import json
 import re
 import shutil
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 from stand_in import SCALES, Fitted, stand_in
 
 from command_line import paving, refused
 from paving import generation
-from paving.compare import compare, held_out, sweep
+from paving.compare import compare, sweep
 from paving.compare import comparison as comparing
 from paving.compare.bench import open_bench
 from paving.compare.fitting import Fitting
@@ -107,35 +106,6 @@ def test_a_comparison_leaves_sweeps_rows_a_file_and_a_section_of_the_report(done
     page = (folder / "report.html").read_text()
     assert "<h2>Comparators</h2>" in page and "stand-in" in page and "none passes" in page
     assert not list(folder.rglob("*.partial"))
-
-
-def test_edit_answers_are_read_beside_their_targets_as_far_as_these_go(done, bench, monkeypatch):
-    _, found = done
-    edit = [p for p in bench.held_out if p.bucket is Bucket.EDIT]
-    assert all(r.target.n == len(edit) for r in found.rows)
-    seen = {}
-    monkeypatch.setattr(
-        held_out, "target_similarity", lambda answers, targets: seen.update(answers=answers, targets=targets)
-    )
-    targets = {p.id: (15, 16, 17) for p in edit[:2]}
-    monkeypatch.setitem(bench.__dict__, "held_out_targets", targets)
-    words = bench.backbone.tokenizer.decode([20, 21, 22, 23, 24])
-    completions = {p.id: SimpleNamespace(bucket="edit", response=words) for p in edit}
-    held_out.to_the_point(bench, held_out.Answered(completions, {}))
-    assert seen["targets"] == [bench.backbone.tokenizer.decode([15, 16, 17])] * 2
-    assert seen["answers"] == [bench.backbone.tokenizer.decode([20, 21, 22])] * 2
-
-
-def test_the_table_says_how_well_the_comparators_probe_ranks(done, bench):
-    _, found = done
-    (note,) = [n for n in found.notes if n.startswith("AUC of held-out")]
-    assert "the run's own gate" in note
-    edit, harmful = (
-        bench.probe.edit.margin(boundary_matrix(bench.backbone, prompts, bench.controller.config)).tolist()
-        for prompts in ([p for p in bench.held_out if p.bucket is b] for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP))
-    )
-    above = [a > b for a in edit for b in harmful]
-    assert bench.probe_auc() == pytest.approx(sum(above) / len(above))
 
 
 def test_fitting_sees_no_held_out_prompt_and_the_runs_own_targets(run, means):
