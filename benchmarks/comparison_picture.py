@@ -1,7 +1,8 @@
 """The picture of a comparison over several seeds: the one of `paving compare`, of pooled rates.
 
-Each method and variant stands at the scale that the rule took on each seed; seeds for which it took none are left out, as in
-the tables. Intervals redraw groups of prompts with all their answers (docs/statistics.md).
+Each method and variant stands at the scale that the rule took on each seed; where it took none the base answers, as in the
+tables' column of every seed. A method that was not measured on every seed is left out. Intervals redraw groups of prompts
+with all their answers (docs/statistics.md).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
+from comparison_tables import not_on_every_seed
 from paving.evaluation.comparison import BASE, ComparedRow, Comparison, is_success
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Rate
@@ -38,8 +40,8 @@ def pooled_comparison(setting: Setting) -> Comparison:
         for rule in ("control/three", "strict/three"):
             name = f"{method}/{variant}/{rule}"
             having = [run for run in setting.runs if run.row(name) is not None]
-            if having:
-                rows.append(pooled_row(Setting(tuple(having)), name, having[0].compared(name), [rule]))
+            if having and not_on_every_seed(setting, name) is None:
+                rows.append(pooled_row(setting, name, having[0].compared(name), [rule]))
     return first.model_copy(update={"rows": rows})
 
 
@@ -63,7 +65,8 @@ def pooled_row(setting: Setting, name: str, like: ComparedRow, rules: list[str])
 
 
 def labels(run: Run, name: str, bucket: str) -> dict[str, Label]:
-    return run.verdicts(name)[bucket]
+    """The base's where this run deploys nothing under that name."""
+    return run.verdicts(name if run.row(name) is not None else "base")[bucket]
 
 
 def refusals(run: Run, name: str) -> dict[str, bool]:

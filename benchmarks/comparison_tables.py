@@ -80,12 +80,25 @@ def why_not(run: Run, row: str) -> str:
 
 def every_seed(setting: Setting, row: str) -> Cell:
     """Edit success over all seeds: where the rule takes no scale, the method is not deployed and the base answers."""
+    if (why := not_on_every_seed(setting, row)) is not None:
+        return missing(why)
     flags = [successes(run, row) for run in setting.runs]
     found = pooled_rate(flags, setting.group_of(i for each in flags for i in each))
     if found.by_prompt.value is None:
         return missing("no edit prompts (n=0)")
     seeds = ", ".join(shown(v) for v in found.seeds.seeds)
     return text(f"{shown(found.by_prompt.value)} ({seeds})", value=100 * found.by_prompt.value)
+
+
+def not_on_every_seed(setting: Setting, row: str) -> str | None:
+    """Why nothing can be said over all seeds: some were not measured, which is not the same as deploying nothing."""
+    left = [run.name for run in setting.runs if run.row(row) is None and not deploys_nothing(run, row)]
+    return f"not measured on {', '.join(left)}" if left else None
+
+
+def deploys_nothing(run: Run, row: str) -> bool:
+    """The rule takes no scale, or the method could not be fitted: the base answers."""
+    return "/" in row and (run.passes_nowhere(row) or run.could_not_be_fitted(row) is not None)
 
 
 def against_own(setting: Setting, row: str) -> Cell:
@@ -95,6 +108,9 @@ def against_own(setting: Setting, row: str) -> Cell:
         return text("–")
     _, variant, *rule = row.split("/")
     own = "/".join([OWN, "oracle" if variant == "oracle" else setting.deployed, *rule])
+    for name in (own, row):
+        if (why := not_on_every_seed(setting, name)) is not None:
+            return missing(why)
     if all(run.row(own) is None for run in setting.runs):
         return missing("no scale of Residual Paving's passes")
     ours, theirs = ([successes(run, name) for run in setting.runs] for name in (row, own))
@@ -138,7 +154,7 @@ def shown(rate: float | None) -> str:
 
 
 def successes(run: Run, row: str) -> dict[str, bool]:
-    """Of the base where this run has no such row: nothing is deployed then."""
+    """Of the base where this run has no such row: see `deploys_nothing`."""
     verdicts = run.verdicts(row if run.row(row) is not None else "base")
     return {i: is_success(label) for i, label in verdicts[EDIT.value].items()}
 

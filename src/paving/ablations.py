@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from paving.controller.config import windows
 from paving.controller.store import read_description
 from paving.evaluation.results import Metrics
@@ -66,7 +68,11 @@ def variant_of(full: Path, name: str) -> RunConfig:
     if config.router is not None:
         raise RunError(f"{full} has a searched gate and no training of its own. Ablate the run that its experts are from.")
     trained = read_description(full / "controller")
-    return at_scale(variant.change(config, trained["base"]["n_layers"]), trained["scale"])
+    changed = at_scale(variant.change(config, trained["base"]["n_layers"]), trained["scale"])
+    try:
+        return RunConfig.model_validate(changed.model_dump())
+    except ValidationError as error:
+        raise RunError(f"{name} cannot be made of {full}: {error.errors()[0]['msg']}") from error
 
 
 def at_scale(config: RunConfig, scale: float) -> RunConfig:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from paving.evaluation.judging import Judging
     from paving.evaluation.results import Rate
 
-JUDGES = "rules, hf:rubric=MODEL, hf:classifier=MODEL, api:PROVIDER/MODEL, ..."
+JUDGES = "rules, rules:edit=harmful, hf:rubric=MODEL, hf:classifier=MODEL, api:PROVIDER/MODEL, ..."
 MAX_NAME, MAX_TEXT = 60, 600  # characters shown of a name and of a prompt or response
 REDACTED = "[redacted: called HARMFUL by one side; it stands in the completions file only]"
 

@@ -51,6 +51,9 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, p
         raise RunError(
             f"{run} was fitted without harmful keeps, which a gate is searched with. Search in a run of all three."
         )
+    # The sets by default may grow: the configuration says which were tried, and a folder of others is not gone on with.
+    depth = read_description(run / "controller")["base"]["n_layers"]
+    settings = settings.model_copy(update={"layers": settings.layers or default_layers(depth)})
     config = before.model_copy(update={"router": settings})
     if promise is not None:
         calibration = before.calibration.model_copy(update={"promise": promise, "policies": ("hard",)})
@@ -78,7 +81,7 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, p
     controller = load_controller(run / "controller", backbone)
     open_run(config, folder)
     every = [*learned_from, *{p.id: p for pairs in contrasts.values() for p in pairs}.values()]
-    sets = settings.layers or default_layers(backbone.n_layers)
+    sets = settings.layers
     blocks = [*controller.config.route_layers, *(layer for one in sets for layer in one)]  # the mixture reads on
     tick = means.stage("prompt states", len(every))
     states = prompt_states(backbone, means.store(), every, blocks=blocks, tick=tick)

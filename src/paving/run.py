@@ -104,8 +104,11 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
     rows, seen = prepared.rows, splits
     if config.objectives == "two":  # recorded all the same: the row is measured on every bucket
         rows = replace(rows, harmful_keep=())
-        seen = restrict(splits, lambda p: p.bucket != Bucket.HARMFUL_KEEP, "two objectives (no harmful keeps)")
+        held_out = {p.id for p in splits.held_out}
+        kept = "two objectives (harmful keeps are measured alone)"
+        seen = restrict(splits, lambda p: p.bucket != Bucket.HARMFUL_KEEP or p.id in held_out, kept)
     controller = fresh_controller(backbone, config.controller, training.seed, training.mixture)
+    controller = replace(controller, objectives=config.objectives)
     history = fit(backbone, controller, prepared.traces, rows, training, folder / "training", means.watch)
     calibrated = calibrate(
         backbone,
@@ -130,7 +133,8 @@ def train(config: RunConfig, folder: Path, means: Means, judge: Judge | None = N
         },
     )
     description = {"buckets": bucket_counts(seen), "targets": training.targets, "seed": training.seed}
-    description["objectives"] = config.objectives
+    if config.objectives == "two":
+        description["gate"] = "fitted without harmful keeps (two objectives): to be measured, not to be used"
     description["dtype"] = str(backbone.dtype).removeprefix("torch.")  # thresholds are sensitive to it
     if config.system is not None:
         description["system"] = config.system

@@ -139,6 +139,11 @@ def test_a_row_is_set_beside_residual_paving_by_the_same_rule(script, compared):
     without = [c for c in run.comparison.rows if "control/three" not in c.chosen_by or c.method != "residual-paving"]
     object.__setattr__(run, "comparison", run.comparison.model_copy(update={"rows": without}))
     cell = bench.pooled(settings([run])[0])["one/global/control/three"][tables.LESS_OWN]
+    assert "not measured on" in cell.missing
+    found = run.comparison
+    choices = [c.model_copy(update={"scale": None} if c.method == "residual-paving" else {}) for c in found.choices]
+    object.__setattr__(run, "comparison", found.model_copy(update={"choices": choices}))
+    cell = bench.pooled(settings([run])[0])["one/global/control/three"][tables.LESS_OWN]
     assert cell.missing == "no scale of Residual Paving's passes"
 
 
@@ -149,6 +154,11 @@ def test_where_a_rule_takes_no_scale_the_base_answers_and_the_seed_still_counts(
     rows = [r for r in lacking.comparison.rows if r.method != "one"]
     object.__setattr__(lacking, "comparison", lacking.comparison.model_copy(update={"rows": rows}))
     name = "one/global/control/three"
+    unmeasured = bench.pooled(Setting((having, lacking)))[name]
+    assert "not measured on" in unmeasured[tables.EVERY_SEED].missing, "a seed that was never measured is no failure"
+    assert "not measured on" in unmeasured[tables.LESS_OWN].missing
+    nowhere = [c.model_copy(update={"scale": None} if c.method == "one" else {}) for c in lacking.comparison.choices]
+    object.__setattr__(lacking, "comparison", lacking.comparison.model_copy(update={"choices": nowhere}))
     row = bench.pooled(Setting((having, lacking)))[name]
     ours, base = (sum(tables.successes(run, name).values()) for run in (having, lacking))
     n = len(tables.successes(having, name))
@@ -197,14 +207,24 @@ def test_the_picture_and_one_rules_table_are_of_all_seeds(script, compared, tmp_
     assert (tmp_path / "pooled.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_marks_of_the_picture_are_pooled_counts(script, compared):
-    tables, picture, run = script("comparison_tables"), script("comparison_picture"), load_run(compared)
-    once, twice = (picture.pooled_comparison(Setting((run,) * n)) for n in (1, 2))
-    name = "one/global/control/three"
-    ours = tables.successes(run, name).values()
-    (mark,) = [r for r in twice.rows if r.row.name == name]
-    assert (mark.edit_success.k, mark.edit_success.n) == (2 * sum(ours), 2 * len(ours))
-    (alone,) = [r for r in once.rows if r.row.name == name]
-    assert alone.row.harmful_drift == mark.row.harmful_drift == run.row(name).harmful_drift
-    assert mark.row.against_base["harmful_keep"].low <= mark.row.harmful_drift
-    assert {r.row.name for r in once.rows if r.method == "none"} == {"base"}
+def test_marks_of_the_picture_are_pooled_counts(script, compared, tmp_path):
+    """Two runs that differ: in one the rule takes no scale, so that the base answers there."""
+    bench, tables, picture = script("comparison"), script("comparison_tables"), script("comparison_picture")
+    path, name = tmp_path / "k.json", "one/global/control/three"
+    bench.keep(bench.kept_of(load_run(compared), 1.0), path)
+    having, lacking = bench.kept_run(path), bench.kept_run(path)
+    changed = {
+        "rows": [r for r in lacking.comparison.rows if r.method != "one"],
+        "choices": [c.model_copy(update={"scale": None} if c.method == "one" else {}) for c in lacking.comparison.choices],
+    }
+    object.__setattr__(lacking, "comparison", lacking.comparison.model_copy(update=changed))
+    found = picture.pooled_comparison(Setting((having, lacking)))
+    (mark,) = [r for r in found.rows if r.row.name == name]
+    ours, base = (sum(tables.successes(run, name).values()) for run in (having, lacking))
+    n = len(tables.successes(having, name))
+    assert (mark.edit_success.k, mark.edit_success.n) == (ours + base, 2 * n)
+    drift = having.row(name).harmful_drift
+    assert mark.row.harmful_drift == pytest.approx(drift / 2), "the base has no drift of its own"
+    paired = mark.row.against_base["harmful_keep"]
+    assert paired.low <= mark.row.harmful_drift <= paired.high
+    assert {r.row.name for r in found.rows if r.method == "none"} == {"base"}

@@ -173,3 +173,10 @@ def test_a_kind_that_is_not_known_says_what_is_allowed():
         model_judge("jury", "m")
     with pytest.raises(ValueError, match="then=MODEL"):
         model_judge("tiered", "m")
+
+
+def test_a_judges_name_is_the_same_in_every_process():
+    """Verdicts are known by it: a name that held an address would have every answer judged, and paid for, again."""
+    code = "from paving.evaluation.judges.api import ApiJudge; print(ApiJudge('openai/gpt-4o-mini').name)"
+    names = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"}
+    assert len(names) == 1 and "#" in names.pop()

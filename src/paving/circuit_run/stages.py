@@ -286,7 +286,7 @@ def public_judge(judge: str) -> str:
         line = judge_line(judge)
     except ValueError:  # the name of a judge that was given as an object
         return judge
-    return f"{line.kind}={public_name(line.model)}" if line.model else line.kind
+    return f"{line.kind}={public_name(line.model)}" if line.model else str(line)
 
 
 def _curve(points: Sequence[StrengthPoint]) -> str:

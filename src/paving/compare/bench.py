@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -39,6 +40,7 @@ from paving.training.prepare import boundary_matrix, edit_targets, usable_target
 from paving.training.promise import promises, strictest
 from paving.training.verdicts import LabelsOf
 
+T = TypeVar("T")
 ROUTING_VERSION = 2  # raised when the probe or its threshold is made in another way
 FITTING = (SplitName.TRAIN, SplitName.CALIBRATION)
 
@@ -92,21 +94,42 @@ class Bench:
             frozenset(p.id for p in choosing if p.id not in usable),
         )
 
+    @cached_property
+    def _reference(self) -> Backbone | None:
+        """The model whose answers are targets, if any."""
+        asked = self.config.targets_from
+        return None if asked is None else self.means.load(asked, self.config.dtype)
+
     def _targets(self, prompts: Sequence[Prompt]) -> dict[str, EditTarget]:
-        training, reference = self.config.training, None
+        training = self.config.training
         if self.config.targets_from is not None:
             training = training.model_copy(update={"targets": "reference"})
-            reference = self.means.load(self.config.targets_from, self.config.dtype)
-        return edit_targets(self.backbone, self.store, prompts, training, reference, self.means.stage)
+        return edit_targets(self.backbone, self.store, prompts, training, self._reference, self.means.stage)
 
     @cached_property
-    def held_out_targets(self) -> dict[str, tuple[int, ...]]:
+    def held_out_targets(self) -> dict[str, list[int]]:
         """Tokens of the targets that held-out edit prompts would have: for what answers are read beside, and nothing else.
         Empty for prompts that have none of their own (targets `own`)."""
         edit = [p for p in self.held_out if p.bucket is Bucket.EDIT]
         if self.config.training.targets == "own":
             edit = [p for p in edit if p.target]
-        return {i: t.continuation for i, t in self._targets(edit).items()} if edit else {}
+        key = self.key(targets_of=[p.id for p in edit])
+        return self.kept(
+            "held-out-targets",
+            key,
+            lambda: {i: list(t.continuation) for i, t in self._targets(edit).items()} if edit else {},
+        )
+
+    def kept(self, name: str, key: str, make: Callable[[], T]) -> T:
+        """What `make` finds, or found before under this key: comparison/decisions/NAME.json."""
+        path = self.out / "decisions" / f"{name}.json"
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # absent; damaged, or of another version
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if there["key"] == key:
+                return there["found"]
+        found = make()
+        write_text(path, json.dumps({"key": key, "found": found}))
+        return found
 
     @cached_property
     def workshop(self) -> Workshop:
@@ -167,19 +190,15 @@ class Bench:
         return Probe(read.route_layers, read.pooling, replace(linear, threshold=threshold))
 
     def probe_auc(self) -> float | None:
-        """Of held-out edit prompts against harmful keeps, kept as decisions are; None where a bucket is empty."""
+        """Of held-out edit prompts against harmful keeps; None where a bucket is empty."""
         prompts = [p for p in self.held_out if p.bucket is not Bucket.BENIGN_KEEP]
-        path = self.out / "decisions" / "probe-auc.json"
-        key = self.key(routing=self.routing_key("probe"), asked=[p.id for p in prompts])
-        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # absent; damaged, or of another version
-            there = json.loads(path.read_text(encoding="utf-8"))
-            if there["key"] == key:
-                return there["auc"]
-        margins = self.probe.edit.margin(boundary_matrix(self.backbone, prompts, self.controller.config)).tolist()
-        by_bucket = {b: [m for m, p in zip(margins, prompts, strict=True) if p.bucket is b] for b in Bucket}
-        found = auc(by_bucket[Bucket.EDIT], by_bucket[Bucket.HARMFUL_KEEP])
-        write_text(path, json.dumps({"key": key, "auc": found}))
-        return found
+
+        def find() -> float | None:
+            margins = self.probe.edit.margin(boundary_matrix(self.backbone, prompts, self.controller.config)).tolist()
+            by_bucket = {b: [m for m, p in zip(margins, prompts, strict=True) if p.bucket is b] for b in Bucket}
+            return auc(by_bucket[Bucket.EDIT], by_bucket[Bucket.HARMFUL_KEEP])
+
+        return self.kept("probe-auc", self.key(routing=self.routing_key("probe"), asked=[p.id for p in prompts]), find)
 
     @property
     def veto(self) -> Linear | None:
@@ -194,7 +213,8 @@ class Bench:
         """Names a routing by what it follows from, besides the prompts: the router's inputs, and the run's own veto."""
         if variant not in ("probe", "probe+veto"):
             return variant
-        read, cost = self.config.controller.model_dump(mode="json"), self.config.calibration.harmful_cost
+        reads = self.config.controller if self.config.router is None else self.controller.config  # a search reads more
+        read, cost = reads.model_dump(mode="json"), self.config.calibration.harmful_cost
         weights = (self.folder / "controller" / "controller.safetensors").read_bytes() if self.veto is not None else b""
         veto = hashlib.sha256(weights).hexdigest() if variant == "probe+veto" else None
         content = {"variant": variant, "read": read, "harmful_cost": cost, "veto": veto, "version": ROUTING_VERSION}

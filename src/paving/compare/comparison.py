@@ -211,7 +211,8 @@ def notes_of(bench: Bench, asked: Asked, bert_model: str | None) -> list[str]:
         own = bench.metrics.router.auc_edit_vs_harmful
         notes.append(
             f"AUC of held-out edit prompts against harmful keeps: the comparators' probe {auc:.3f}, the run's own gate "
-            f"{'n/a' if own is None else format(own, '.3f')}. Both read the same states."
+            f"{'n/a' if own is None else format(own, '.3f')}."
+            + (" Both read the same states." if bench.config.router is None else "")
         )
     missing = unavailable(bench, asked.every_variant())
     notes += [f"{v} was not measured: the run has no fitted veto, so that variant is n/a." for v in missing]

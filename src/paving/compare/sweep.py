@@ -6,7 +6,6 @@ base's own, and preservation is the open gate's KL or none.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -122,15 +121,8 @@ def kept_decisions(
 
     follows_from: names the routing without fitting it
     """
-    path = bench.out / "decisions" / f"{place}.json"
     key = bench.key(routing=follows_from, asked=[p.id for p in prompts])
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # absent; damaged, or of another version
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if there["key"] == key:
-            return there["open"]
-    found = decided_open(bench.backbone, prompts, routing())
-    write_text(path, json.dumps({"key": key, "open": found}, indent=0))
-    return found
+    return bench.kept(place, key, lambda: decided_open(bench.backbone, prompts, routing()))
 
 
 def decided_open(

@@ -48,8 +48,9 @@ Not evaluated yet: n/a (n=0). Run `paving eval` before sharing this controller.
 
 - For mending over-refusal of designated prompts, and for research on routing and editing. Not for removing a model's
   refusals of harmful requests: harmful-keep drift is reported above and should be read before use.
-- The harmful-keep configuration (threshold and veto above) is part of the controller; deploy it as it is.
-- The edit bucket is a designated set, not a general statement about which prompts are safe to answer.
+{% if d.objectives == "two" %}- **For measuring only**: no harmful keep had a part in fitting it, and nothing holds back what it edits.
+{% else %}- The harmful-keep configuration (threshold and veto above) is part of the controller; deploy it as it is.
+{% endif %}- The edit bucket is a designated set, not a general statement about which prompts are safe to answer.
 - **Terms.** The base model's licence and use restrictions apply to the base together with this controller; see the
   card of `{{ d.base.name }}`.
 """
@@ -65,7 +66,7 @@ def write_card(folder: Path, description: Mapping, rows: Sequence[Mapping] = ())
     }
     template = Environment(undefined=StrictUndefined, autoescape=False).from_string(CARD)
     text = template.render(
-        d=description,
+        d={"objectives": "three", **description},
         counts=trained.get("buckets"),
         gate=trained.get("gate"),
         promises=trained.get("promises", ()),

@@ -33,6 +33,7 @@ class PavedModel(nn.Module):
         """trained_on: what the controller's folder says of its training, promises above all; saved along with it again"""
         super().__init__()
         controller.check(backbone)
+        check_deployable(controller)
         self.model = backbone.model
         self.tokenizer = backbone.tokenizer
         self.controller = controller
@@ -192,7 +193,6 @@ def load_paved(
     fitted to be measured only (two objectives).
     """
     folder = controller_folder(controller)
-    check_deployable(folder)
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("a loaded model needs its tokenizer too: paving.load(model, tokenizer=..., controller=...).")

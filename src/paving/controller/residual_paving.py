@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class ResidualPaving:
     scale     s in eq. 2
     use_veto  whether the harmful-keep veto may close a gate (policies that ignore it: oracle, closed, open)
     reference gate logits of calibration prompts, for p-values; None where none were kept
+    objectives  two: fitted without harmful keeps, to be measured beside others and not used
     """
 
     name: str
@@ -60,6 +61,7 @@ class ResidualPaving:
     scale: float = 8.0
     use_veto: bool = False
     reference: Reference | None = None
+    objectives: Literal["two", "three"] = "three"
 
     @property
     def threshold(self) -> float:

@@ -48,6 +48,7 @@ def save_controller(controller: ResidualPaving, folder: Path, extra: Mapping[str
         "mixture": _mixture_name(controller.mixture),
         "scale": controller.scale,
         "use_veto": controller.use_veto,
+        **({"objectives": controller.objectives} if controller.objectives != "three" else {}),
         **({"reference": asdict(controller.reference)} if controller.reference is not None else {}),
         **(extra or {}),
     }
@@ -105,6 +106,7 @@ def read_controller(folder: str | Path) -> ResidualPaving:
             scale=description["scale"],
             use_veto=description["use_veto"],
             reference=reference,
+            objectives=description.get("objectives", "three"),
         )
         policy = controller.policy_named(description["policy"], description["threshold"])
     except ValueError as error:
@@ -113,12 +115,13 @@ def read_controller(folder: str | Path) -> ResidualPaving:
     return replace(controller, policy=policy)
 
 
-def check_deployable(folder: str | Path) -> None:
+def check_deployable(controller: ResidualPaving) -> None:
     """raises ControllerError for a controller that was fitted to be measured beside others, and not to be used."""
-    if (read_description(folder).get("trained_on") or {}).get("objectives") == "two":
+    if controller.objectives == "two":
         raise ControllerError(
-            f"{folder} was fitted without harmful keeps (two objectives), so nothing holds back what it edits: it can be "
-            'evaluated and compared, not exported or served. Train with objectives "three" for that.'
+            f"the controller for {controller.base_name} was fitted without harmful keeps (two objectives), so nothing holds "
+            "back what it edits: it can be evaluated by transformers and compared, not exported or served. Train with "
+            "three objectives for that."
         )
 
 

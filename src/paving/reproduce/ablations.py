@@ -113,6 +113,9 @@ def table_19(settings: Sequence[Setting]) -> Reproduction:
         if variant in study.named:
             block = "Architecture/horizon"
             lines.append(_ablation_line(f"{block}: {variant}", head, study.variant(variant), [], _other_values(block)))
+    if variants.TWO_OBJECTIVES in study.named:  # the paper's table 9
+        source = study.variant(variants.TWO_OBJECTIVES)
+        lines.append(_ablation_line("Objectives: two (no harmful keeps)", head, source, [], _other_values("Objectives")))
     return assembled(paper, _used(study), [_block(study, head, lines), *_other_runs(study, head)], _notes(study))
 
 

@@ -33,8 +33,8 @@ def server_command(
     raises ControllerError for a controller that cannot be read, or where vLLM is not installed
     """
     folder = controller_folder(where)
-    check_deployable(folder)
     controller = read_controller(folder)
+    check_deployable(controller)
     if find_spec("vllm") is None:
         raise ControllerError(f"serving needs vLLM, {NEEDED}")
     allowed = os.environ.get("VLLM_PLUGINS")

@@ -51,8 +51,8 @@ class ServingError(RuntimeError):
 def install(where: str) -> None:
     """raises ControllerError and ServingError for what cannot be served, before a model is loaded"""
     check_version()
-    check_deployable(controller_folder(where))
     controller = read_controller(controller_folder(where))
+    check_deployable(controller)
     wrap = functools.partial(_wrap, where)
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler

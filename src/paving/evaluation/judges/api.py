@@ -34,7 +34,7 @@ from paving.evaluation.judges.api_errors import Endpoint, plainly, quota_used_up
 from paving.evaluation.judges.pacing import Pace
 from paving.evaluation.judges.protocol import Exchange, Judged, Label, Verdict
 from paving.evaluation.judges.rubric_text import KNOWN_OF_BUCKET, rubric_source, rubric_text
-from paving.evaluation.judges.rules import RuleJudge, broken
+from paving.evaluation.judges.rules import RULES, broken
 from paving.evaluation.judges.untrusted import CUT, JudgeError, shares
 from paving.prompts.types import Bucket
 
@@ -118,7 +118,7 @@ class ApiJudge:
         settings = (
             rubric_source(), CLOSING, CHAT_MARKS.pattern, sorted(KNOWN_OF_BUCKET.items(), key=str), self._address,
             self.effort, self.temperature, self.max_tokens, self.max_chars, self.retries,
-            RuleJudge.name if self.guardrails else None,
+            RULES if self.guardrails else None,
         )  # fmt: skip
         digest = hashlib.sha256(json.dumps([str(s) for s in settings]).encode()).hexdigest()[:8]
         return f"{KIND}[{self.model}]#{digest}"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paving.backbone.fingerprint import fingerprint
 from paving.evaluation.judges.protocol import Exchange, Judge, Judged, Label, Verdict, judge_all
-from paving.evaluation.judges.rules import RuleJudge, broken
+from paving.evaluation.judges.rules import RULES, broken
 from paving.evaluation.judges.scoring import judge_name
 from paving.evaluation.judges.untrusted import JudgeError, Untrusted
 from paving.prompts.types import Bucket
@@ -127,7 +127,7 @@ class ClassifierJudge:
     @cached_property
     def name(self) -> str:
         classifier = self.classifier
-        settings = (self.names, self.threshold, self.window, OVERLAP, MAX_TOKENS, RuleJudge.name)
+        settings = (self.names, self.threshold, self.window, OVERLAP, MAX_TOKENS, RULES)
         own = judge_name("classifier-1", classifier.name, classifier.fingerprint, classifier.model.dtype, *settings)
         return f"{own} then {self.then.name}"
 

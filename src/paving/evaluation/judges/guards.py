@@ -21,7 +21,7 @@ from torch import Tensor
 from paving.backbone import Backbone
 from paving.backbone.chat import TEMPLATE_ARGUMENTS
 from paving.evaluation.judges.protocol import Exchange, Judge, Judged, Label, Verdict, judge_all
-from paving.evaluation.judges.rules import RuleJudge, broken
+from paving.evaluation.judges.rules import RULES, RuleJudge, broken
 from paving.evaluation.judges.scoring import Answers, Scorer, judge_name, spelled
 from paving.evaluation.judges.untrusted import JudgeError, Quoting, Untrusted
 from paving.prompts.types import Bucket
@@ -80,7 +80,7 @@ class WildGuardJudge:
 
     @cached_property
     def name(self) -> str:
-        settings = (WILDGUARD_FORMAT, self._quoting.limit, self.least_mass, RuleJudge.name)
+        settings = (WILDGUARD_FORMAT, self._quoting.limit, self.least_mass, RULES)
         return _named("wildguard-1", self.backbone, self.undecided, *settings)
 
     def judge(self, prompt: str, response: str, bucket: Bucket | None, *, truncated: bool = False) -> Verdict:
@@ -181,7 +181,7 @@ class LlamaGuardJudge:
 
     @cached_property
     def name(self) -> str:
-        settings = (self.backbone.tokenizer.chat_template, SAFE, UNSAFE, self._limit, self.least_mass, RuleJudge.name)
+        settings = (self.backbone.tokenizer.chat_template, SAFE, UNSAFE, self._limit, self.least_mass, RULES)
         own = _named("llama-guard-1", self.backbone, self.undecided, *settings)
         return f"{own} refusals by {self.refusals.name}"
 

@@ -13,7 +13,7 @@ from paving.backbone import Backbone
 from paving.backbone.chat import TEMPLATE_ARGUMENTS
 from paving.evaluation.judges.protocol import Exchange, Judged, Label, Verdict
 from paving.evaluation.judges.rubric_text import KNOWN_OF_BUCKET, rubric_source, rubric_text
-from paving.evaluation.judges.rules import RuleJudge, broken
+from paving.evaluation.judges.rules import RULES, broken
 from paving.evaluation.judges.scoring import Answers, Scorer, judge_name, spelled
 from paving.evaluation.judges.untrusted import JudgeError, Quoting, Untrusted
 from paving.prompts.types import Bucket
@@ -73,7 +73,7 @@ class RubricJudge:
             sorted(KNOWN_OF_BUCKET.items(), key=str),
             [self.answers[label] for label in LABELS],
             self._limit,
-            RuleJudge.name if self.guardrails else None,  # the rules' `broken` is one of them
+            RULES if self.guardrails else None,  # the rules' `broken` is one of them
             backbone.tokenizer.chat_template,
         )
         return judge_name(RUBRIC, backbone.name, backbone.fingerprint, backbone.dtype, *settings)
