@@ -60,7 +60,7 @@ def test_judging_as_json_is_json_and_nothing_else(answers, tmp_path):
 
 
 def test_an_unknown_judge_is_refused_with_what_is_allowed(answers, tmp_path):
-    assert "the judge 'oracle' is not known; allowed: rules, hf:rubric=MODEL" in refused(
+    assert "the judge 'oracle' is not known; allowed: rules, rules:edit=harmful, hf:rubric=MODEL" in refused(
         "judge", answers, "--out", tmp_path / "v.jsonl", "--judge", "oracle"
     )
     assert not (tmp_path / "v.jsonl").exists()

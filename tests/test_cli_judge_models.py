@@ -205,7 +205,7 @@ def test_no_key_is_one_line(answers, tmp_path):
         ("api:openai/m,rpm=many", "rpm is 'many'; a whole number"),
         ("api:openai/m,rpm=0", "rpm is 0; at least 1"),
         ("api:openai/m,temperature=warm", "temperature is 'warm'; a number such as"),
-        ("oracle", "allowed: rules, hf:rubric=MODEL"),
+        ("oracle", "allowed: rules, rules:edit=harmful, hf:rubric=MODEL"),
     ],
 )
 def test_a_judge_that_cannot_be_is_refused_before_anything_is_read(answers, tmp_path, judge, says):

@@ -75,7 +75,8 @@ def to_measure(bench: Bench, fittings: Sequence[Fitting], chosen: Sequence[Choic
     by_name = {f.method.name: f for f in fittings}
     order = list(by_name)
     keys = sorted(rules, key=lambda k: (order.index(k[0]), k[1], ORDER.index(k[2])))
-    own = {key: found for key, found in own_rules(chosen).items() if key[1] != bench.controller.scale}
+    there = {(variant, bench.controller.scale) for variant in OWN_ROWS}
+    own = {key: found for key, found in own_rules(chosen).items() if key not in there}
     return [
         *(OwnChosen(bench, v, s, found) for (v, s), found in own.items()),
         *(Chosen(by_name[m], v, s, tuple(rules[m, s, v])) for m, s, v in keys),

@@ -30,6 +30,7 @@ from paving.report.tables import (
 )
 
 ORACLE = "oracle"
+DEPLOYED = ("learned+veto", "learned")  # gates of the run's own
 NOTHING = "none passes: n/a"
 SHOWN = {BASE: "base", OWN: "Residual Paving"}
 
@@ -81,7 +82,7 @@ def finding(found: Comparison) -> str:
 def _finding(found: Comparison, rule: Rule) -> str:
     taken = f"{rule}/{main_objective(found)}"
     rows = [r for r in found.rows if taken in r.chosen_by and r.variant != ORACLE]
-    own = next((r for r in rows if r.method == OWN and _measured(r)), None)
+    own = next((r for r in rows if r.method == OWN and r.variant in DEPLOYED and _measured(r)), None)
     others = [r for r in rows if r.method not in SHOWN and _measured(r)]
     by = f"By the {rule} {'score' if rule == 'control' else 'limits'}"
     if own is None:

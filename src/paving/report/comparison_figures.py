@@ -74,7 +74,8 @@ def _draw_mark(ax: Axes, r: ComparedRow, colours: dict[str, str]) -> None:
         return
     own, by_rule = is_own(r), r.method == OWN and not is_own(r)
     colour = INK if r.method == OWN else colours[r.method]
-    marker = (OWN_MARKERS if r.method == OWN else MARKERS).get(r.variant, "o")
+    marker = OWN_MARKERS.get(r.variant) if r.method == OWN else None
+    marker = marker or MARKERS.get(r.variant, "o")  # Residual Paving behind the comparators' probe, too
     # Bars fainter than marks: with ten methods it is the marks that must be found.
     width, alpha = (1.4, 0.8) if own else (1.0, 0.3)
     bars = {"fmt": "none", "ecolor": colour, "elinewidth": width, "alpha": alpha, "zorder": 4 + own}
