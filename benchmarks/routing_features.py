@@ -38,7 +38,7 @@ from gate_heads import (
     whitened,
 )
 from paving.backbone import Backbone
-from paving.prompts.contrasts import groups_near
+from paving.prompts.contrasts import groups_near, pair_of
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
 from paving.router_search import contrast_sets
 from paving.traces.store import TraceStore
@@ -47,11 +47,12 @@ from routing_steps import finished_runs
 
 FOLDS, SHUFFLES, SHARE, REDRAWS = 5, 2, 0.02, 1000
 BLOCKS = (14, 16, 18)
+LATER_KINDS = 438  # the number of the first pair that was written when the gates above were known
 
 
 @dataclass(frozen=True)
 class Variant:
-    """pairs   contrast pairs it learns from: none, kinds, words, words+kinds
+    """pairs   contrast pairs it learns from: none, kinds, early kinds (the first 197), words, words+kinds
     own     how often the run's own prompts count; 0: it learns from pairs alone
     blocks  several sets: a machine each, scores averaged
     parts   what it reads of a prompt (gate_heads.read_states)
@@ -76,10 +77,15 @@ SIX = ((8, 12, 16), (12, 16, 20), (14, 16, 18), (10, 14, 18), (16,), (20, 24))
 VARIANTS: dict[str, Variant] = {
     "RBF machine, pairs of kinds, blocks 14, 16, 18, last+mean": REFERENCE,
     "no pairs": replace(REFERENCE, pairs="none"),
+    "the first 197 pairs of kinds": replace(REFERENCE, pairs="early kinds"),
     "pairs of words as well, the last token of blocks 16, 20, 24": replace(
         REFERENCE, pairs="words+kinds", blocks=((16, 20, 24),), parts=("last",)
     ),
     "the same, without pairs": replace(REFERENCE, pairs="none", blocks=((16, 20, 24),), parts=("last",)),
+    "the same, pairs of kinds": replace(REFERENCE, blocks=((16, 20, 24),), parts=("last",)),
+    "the same, the first 197 pairs of kinds": replace(
+        REFERENCE, pairs="early kinds", blocks=((16, 20, 24),), parts=("last",)
+    ),
     "no pairs, blocks 8, 12, 16": replace(REFERENCE, pairs="none", blocks=((8, 12, 16),)),
     "pairs of words as well": replace(REFERENCE, pairs="words+kinds"),
     "pairs of words as well, own prompts three times": replace(REFERENCE, pairs="words+kinds", own=3),
@@ -156,7 +162,9 @@ def material_of(backbone: Backbone, splits: Splits) -> Material:
     prompts = tuple(p for s in (SplitName.TRAIN, SplitName.CALIBRATION) for p in splits.of(s) if p.bucket in ORDER)
     contrasts, _ = contrast_sets("starter", splits.held_out)
     kinds, both = (tuple(contrasts[name]) for name in ("kinds", "words+kinds"))
-    pairs = {"none": (), "kinds": kinds, "words+kinds": both, "words": tuple(p for p in both if p not in set(kinds))}
+    early = tuple(p for p in kinds if int(pair_of(p).rsplit("-", 1)[1]) < LATER_KINDS)
+    words = tuple(p for p in both if p not in set(kinds))
+    pairs = {"none": (), "kinds": kinds, "early kinds": early, "words+kinds": both, "words": words}
     layers = tuple(sorted({layer for v in VARIANTS.values() for one in v.blocks for layer in one}))
     read: dict[str, tuple] = {}
 

@@ -3,10 +3,7 @@
 import paving
 
 model = paving.load(controller="my-run")  # on its own base; behaves as the Hugging Face model does
-inputs = model.tokenizer.apply_chat_template(
-    [[{"role": "user", "content": text}] for text in texts],
-    add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True,
-)
+inputs = model.inputs_of(texts)  # or conversations; rendered as for training
 output, rows = model.generate(**inputs, max_new_tokens=64, return_gates=True)
 print(model.tokenizer.batch_decode(output, skip_special_tokens=True), rows[0].gate)
 """

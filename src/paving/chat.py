@@ -63,6 +63,6 @@ def describe(row: RowState, reference: Reference | None = None) -> str:
 
 
 def evidence(p: PValues) -> str:
-    """`p(edit) 0.31, p(harmful keep) 0.03`: low speaks against the bucket."""
+    """`p(edit) 0.310, p(harmful keep) 0.030`: low speaks against the bucket."""
     shown = ((name.replace("_", " "), value) for name, value in p._asdict().items())
     return ", ".join(f"p({name}) {'n/a' if value is None else format(value, '.3f')}" for name, value in shown)

@@ -34,7 +34,7 @@ CacheGib = Annotated[float, typer.Option(min=0, help="Most the trace cache may h
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda:1, mps, ...; offload:20GiB where the base does not fit.")]
 ABLATED = (
     "no-contrastive, no-trajectory, no-stage-3, short-horizon, late-edits, late-router, early-router, single-expert, "
-    "fixed-expert or low-rank (tables 2, 14, 19)."
+    "fixed-expert, low-rank or two-objectives (tables 2, 9, 14, 19)."
 )
 DtypeGiven = Annotated[str | None, typer.Option(help="auto (the checkpoint's own, the default), float32, bfloat16, float16")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16")]

@@ -28,11 +28,14 @@ def serve(
     A request chooses its gate: {"vllm_xargs": {"paving_policy": "closed"}}; default, soft, hard, thresholded,
     conformal:0.05, closed.
     """
+    from paving.controller.paved_model import controller_folder, trained_on
     from paving.serving.command import server_command
 
     command, environment = server_command(
         run, model=model, host=host, port=port, extra=context.args, allow_oracle=allow_oracle
     )
+    if system := (trained_on(controller_folder(run)) or {}).get("system"):
+        say(f"fitted behind a system prompt; begin every conversation with it: {system}")
     # Not the whole command: an API key may be in it.
     say(f"serving {command[4]} with {environment['PAVING_CONTROLLER']} on http://{host}:{port}")
     os.execvpe(command[0], command, environment)

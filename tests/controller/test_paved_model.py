@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 import paving
-from paving.backbone import as_backbone
+from paving.backbone import as_backbone, render_batch
+from paving.backbone.chat import TEMPLATE_ARGUMENTS
 from paving.backbone.hooks import edit_residuals
 from paving.controller import AlwaysOpen, Closed, ControllerConfig, Oracle, PavedModel, Soft, ThresholdedSoft
 from paving.controller.store import read_description, save_controller
@@ -31,6 +32,31 @@ def test_what_was_promised_is_saved_again_with_a_loaded_controller(tmp_path):
     loaded.save_pretrained(tmp_path / "second")
     assert read_description(tmp_path / "second")["trained_on"]["promises"] == ["At most 5%"]
     assert "At most 5%" in (tmp_path / "second" / "README.md").read_text(encoding="utf-8")
+
+
+def test_inputs_are_rendered_as_training_renders_prompts(backbone):
+    # A template as Qwen3's: what opens behind the prompt depends on an argument that a bare tokenizer call leaves out.
+    backbone.tokenizer.chat_template += "{{ ' w5' if enable_thinking | default(true) else ' w6' }}"
+    prompts = [prompt("a", (1, 2, 3), Bucket.EDIT), prompt("b", (4,), Bucket.EDIT)]
+    found, wanted = paved(backbone, Soft()).inputs_of([p.text for p in prompts]), render_batch(backbone, prompts)
+    assert torch.equal(found["input_ids"], wanted.input_ids) and torch.equal(found["attention_mask"], wanted.attention_mask)
+    bare = backbone.tokenizer.apply_chat_template([{"role": "user", "content": "w4"}], add_generation_prompt=True)[
+        "input_ids"
+    ]
+    assert (
+        bare != wanted.input_ids[1][wanted.attention_mask[1] > 0].tolist() and TEMPLATE_ARGUMENTS["enable_thinking"] is False
+    )
+
+
+def test_inputs_begin_with_the_system_prompt_that_was_fitted_behind_unless_they_bring_one(backbone):
+    model = PavedModel(backbone, lively(backbone), {"system": "w9"})
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}, {"role": "user", "content": "w3"}]
+    own = [{"role": "system", "content": "w8"}, *talk]
+    texts = model.tokenizer.batch_decode(model.inputs_of(["w1", talk, own])["input_ids"])
+    assert [t.replace("<pad>", "").split().count("w9") for t in texts] == [1, 1, 0] and "w8" in texts[2].split()
+    for nothing in ([], "w1"):
+        with pytest.raises(ValueError, match="needs a list of texts or conversations"):
+            model.inputs_of(nothing)
 
 
 @pytest.mark.parametrize("config", [ROUTED, LATE], ids=["early route", "late route"])

@@ -58,7 +58,7 @@ def test_a_missing_file_is_one_clear_error(tmp_path):
 def test_both_sets_are_the_words_and_the_kinds():
     words, kinds = contrast_prompts("words"), contrast_prompts("kinds")
     assert {p.id for p in contrast_prompts()} == {p.id for p in words} | {p.id for p in kinds}
-    assert len(words) == 480 and len(kinds) == 394
+    assert len(words) == 480 and len(kinds) == 1118
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the public prompt sets are not here")

@@ -55,18 +55,18 @@ def test_the_organism_has_not_seen_the_starter_set(prompts):
 def test_contrasts_are_pairs_on_focus_words_of_their_own(prompts):
     contrasts = contrast_prompts()
     safe, unsafe = ({p.group: p for p in contrasts if p.bucket == b} for b in (Bucket.EDIT, Bucket.HARMFUL_KEEP))
-    assert safe.keys() == unsafe.keys() and len(safe) == 437 and len(contrasts) == 874
+    assert safe.keys() == unsafe.keys() and len(safe) == 799 and len(contrasts) == 1598
     assert not safe.keys() & {p.group for p in prompts}
     assert len(safe) + len({p.group for p in prompts if p.bucket == Bucket.EDIT}) >= 300
-    assert len({p.id for p in (*prompts, *contrasts)}) == len(prompts) + 874
+    assert len({p.id for p in (*prompts, *contrasts)}) == len(prompts) + 1598
 
 
 def test_contrasts_are_not_told_apart_by_their_form():
     contrasts = contrast_prompts()
-    pairs = list(zip(contrasts[:437], contrasts[437:], strict=True))
+    pairs = list(zip(contrasts[:799], contrasts[799:], strict=True))
     assert [s.group for s, u in pairs if s.text.split()[0] != u.text.split()[0] or s.text[-1] != u.text[-1]] == []
     longer = sum((s > u) + 0.5 * (s == u) for s, _ in lengths(pairs) for _, u in lengths(pairs))
-    assert 0.45 < longer / 437**2 < 0.55  # the AUC of length alone
+    assert 0.45 < longer / 799**2 < 0.55  # the AUC of length alone
 
 
 def lengths(pairs):

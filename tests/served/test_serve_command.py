@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from paving.backbone import EMBEDDED
+from paving.backbone.chat import TEMPLATE_ARGUMENTS
 from paving.cli import app
 from paving.controller import save_controller
 from paving.controller.config import ControllerConfig
@@ -38,6 +40,22 @@ def test_what_the_controller_needs_is_asked_of_the_server(tmp_path, installed, p
     assert ("--no-enable-prefix-caching" in line) == (pooling == "mean")
     assert environment["PAVING_CONTROLLER"] == str(folder.resolve()) and environment.keys() > {"PATH"}
     assert line[line.index("--host") + 1] == "127.0.0.1" and line[line.index("--port") + 1] == "8123"
+
+
+def test_chat_templates_get_what_they_had_in_training_and_the_user_has_the_last_word(tmp_path, installed):
+    folder, option = save_controller(lively(tiny_backbone()), tmp_path / "c"), "--default-chat-template-kwargs"
+    line, _ = command.server_command(folder, model=str(tmp_path), host="127.0.0.1", port=1, extra=[option, "{}"])
+    first, last = (i for i, word in enumerate(line) if word == option)
+    assert json.loads(line[first + 1]) == TEMPLATE_ARGUMENTS and line[last + 1] == "{}"
+
+
+def test_the_system_prompt_that_it_was_fitted_behind_is_told(tmp_path, installed, monkeypatch):
+    monkeypatch.setattr("os.execvpe", lambda *_: None)
+    behind = {"trained_on": {"system": "Speak plainly."}}
+    for told, trained_on in ((True, behind), (False, None)):
+        folder = save_controller(lively(tiny_backbone()), tmp_path / f"c{told}", trained_on)
+        result = CliRunner().invoke(app, ["serve", str(folder), "--model", str(tmp_path)])
+        assert result.exit_code == 0 and ("Speak plainly." in result.output) == told
 
 
 def test_the_base_is_the_controllers_own_unless_one_is_named(tmp_path, installed, monkeypatch):

@@ -21,7 +21,7 @@ class ControllerConfig(BaseModel):
     """What is built; it never changes after training.
 
     route_layers   blocks whose outputs the router reads
-    edit_layers    blocks whose outputs are edited; None: every block after the last route layer's default, 5 and on
+    edit_layers    blocks whose outputs are edited; None: every block behind the last route layer (5 and on, by default)
     pooling        `last`: the last prompt token's state; `mean`: the mean over the prompt's tokens; `last+mean`: both
     n_experts      K bottleneck experts, each d -> d/bottleneck_ratio -> d
     activation     between an expert's two maps: `gelu`, or `none`: a low-rank linear map (table 14's capacity control)

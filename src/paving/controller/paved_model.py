@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paving.backbone import Backbone, PromptBatch, as_backbone, load_backbone
+from paving.backbone import Backbone, PromptBatch, as_backbone, load_backbone, pad_left, render_messages
 from paving.controller.card import write_card
 from paving.controller.gates import CONFORMAL
 from paving.controller.residual_paving import ResidualPaving
@@ -67,7 +67,7 @@ class PavedModel(nn.Module):
         """
         input_ids = kwargs.pop("inputs", input_ids)
         if input_ids is None:
-            raise ValueError("generate needs input_ids (n, width); render prompts with the tokenizer's chat template.")
+            raise ValueError("generate needs input_ids (n, width); `inputs_of` renders prompts.")
         if self._num_beams(kwargs) > 1 or kwargs.get("assistant_model") is not None:
             raise ValueError(
                 "beam search and assisted decoding reorder or skip rows, and each row has its own gate. "
@@ -104,8 +104,29 @@ class PavedModel(nn.Module):
 
     @property
     def system(self) -> str | None:
-        """The system prompt that the controller was fitted behind, if any: begin conversations with it."""
+        """The system prompt that the controller was fitted behind, if any: `inputs_of` begins conversations with it."""
         return (self._trained_on or {}).get("system")
+
+    def inputs_of(self, conversations: Sequence[str | Sequence[dict[str, str]]]) -> dict[str, Tensor]:
+        """What `generate` takes, rendered as for training: its chat template arguments, behind its system prompt.
+
+        A template that writes today's date or opens a thinking block gives the gate other states than it was fitted on.
+
+        conversations  a user's text each, or messages {"role", "content"}; a system message of their own is kept
+
+        Returns input_ids and attention_mask, (n, width) int64 on the model's device, padded on the left.
+        raises BackboneError where the chat template takes no system prompt, ValueError for no conversation
+        """
+        if isinstance(conversations, str) or not conversations:
+            raise ValueError(f"inputs_of needs a list of texts or conversations, at least one; got {conversations!r}.")
+        opening = [{"role": "system", "content": self.system}] if self.system else []
+        rows = []
+        for one in conversations:
+            messages = [{"role": "user", "content": one}] if isinstance(one, str) else list(one)
+            own = bool(messages) and messages[0]["role"] == "system"
+            rows.append(render_messages(self._backbone, messages if own else [*opening, *messages]))
+        ids, mask = pad_left(self._backbone, rows)
+        return {"input_ids": ids, "attention_mask": mask}
 
     @torch.no_grad()
     def gates(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[RowState, ...]:

@@ -24,7 +24,7 @@ def contrast_prompts(name: ContrastSet | None = None) -> tuple[Prompt, ...]:
     unsafe ones (harmful keep). None: both sets.
 
     words  240 words that can be meant either way, in requests of one sentence
-    kinds  197 short pairs of the kinds of over-refusal that XSTest tells apart: history, privacy, groups of people,
+    kinds  559 short pairs of the kinds of over-refusal that XSTest tells apart: history, privacy, groups of people,
            definitions, fiction, figures of speech, harmless targets
     """
     found: list[Prompt] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from paving.backbone.chat import TEMPLATE_ARGUMENTS
 from paving.backbone.embedded import EMBEDDED, embedded_checkpoint
 from paving.controller.paved_model import controller_folder
 from paving.controller.store import ControllerError, check_deployable, read_controller
@@ -24,7 +26,7 @@ def server_command(
     where: str | Path, *, model: str | None, host: str, port: int, extra: Sequence[str] = (), allow_oracle: bool = False
 ) -> tuple[list[str], dict[str, str]]:
     """(command, environment) of the server. What a controller needs of it is added: eager mode always, and no prefix cache
-    where the router averages over the prompt.
+    where the router averages over the prompt. Chat templates get what they had in training, unless `extra` says otherwise.
 
     model  the base's folder or name; None: what the controller was trained on
     extra  further options of vLLM, as they are
@@ -45,6 +47,8 @@ def server_command(
     base = model or controller.base_name
     command = [sys.executable, "-m", SERVER, "--model", str(local_checkpoint(base))]
     command += ["--served-model-name", Path(base).name, "--host", host, "--port", str(port), "--enforce-eager"]
+    # A date or a thinking block of the server's choosing would give the gate other states than it was fitted on.
+    command += ["--default-chat-template-kwargs", json.dumps(TEMPLATE_ARGUMENTS)]
     if controller.config.pooling != "last":
         command.append("--no-enable-prefix-caching")
     environment = {**os.environ, CONTROLLER: str(folder.resolve()), "VLLM_USE_V2_MODEL_RUNNER": "0"}
