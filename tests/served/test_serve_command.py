@@ -44,9 +44,11 @@ def test_what_the_controller_needs_is_asked_of_the_server(tmp_path, installed, p
 
 def test_chat_templates_get_what_they_had_in_training_and_the_user_has_the_last_word(tmp_path, installed):
     folder, option = save_controller(lively(tiny_backbone()), tmp_path / "c"), "--default-chat-template-kwargs"
-    line, _ = command.server_command(folder, model=str(tmp_path), host="127.0.0.1", port=1, extra=[option, "{}"])
-    first, last = (i for i, word in enumerate(line) if word == option)
-    assert json.loads(line[first + 1]) == TEMPLATE_ARGUMENTS and line[last + 1] == "{}"
+    line, _ = command.server_command(folder, model=str(tmp_path), host="127.0.0.1", port=1)
+    assert json.loads(line[line.index(option) + 1]) == TEMPLATE_ARGUMENTS
+    for own in ([option, "{}"], [f"{option}={{}}"]):
+        line, _ = command.server_command(folder, model=str(tmp_path), host="127.0.0.1", port=1, extra=own)
+        assert " ".join(line).count(option) == 1 and line[-len(own) :] == own
 
 
 def test_the_system_prompt_that_it_was_fitted_behind_is_told(tmp_path, installed, monkeypatch):

