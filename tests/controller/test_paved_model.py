@@ -34,8 +34,9 @@ def test_what_was_promised_is_saved_again_with_a_loaded_controller(tmp_path):
     assert "At most 5%" in (tmp_path / "second" / "README.md").read_text(encoding="utf-8")
 
 
-def test_inputs_are_rendered_as_training_renders_prompts(backbone):
+def test_inputs_are_rendered_as_training_renders_prompts():
     # A template as Qwen3's: what opens behind the prompt depends on an argument that a bare tokenizer call leaves out.
+    backbone = tiny_backbone()  # one of this test's own: its template changes
     backbone.tokenizer.chat_template += "{{ ' w5' if enable_thinking | default(true) else ' w6' }}"
     prompts = [prompt("a", (1, 2, 3), Bucket.EDIT), prompt("b", (4,), Bucket.EDIT)]
     found, wanted = paved(backbone, Soft()).inputs_of([p.text for p in prompts]), render_batch(backbone, prompts)
