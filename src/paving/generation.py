@@ -174,7 +174,7 @@ def completion_of(backbone: Backbone, prompt: Prompt, tokens: Sequence[int], sta
     return Completion(
         id=prompt.id,
         bucket=prompt.bucket.value,
-        prompt=prompt.text,
+        prompt=prompt.transcript,
         response=backbone.tokenizer.decode(tokens, skip_special_tokens=True),
         n_tokens=len(tokens),
         truncated=not ends,

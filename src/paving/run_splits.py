@@ -103,4 +103,6 @@ def recorded_split(config: RunConfig, folder: Path) -> Splits:
 
 
 def _digest(prompt: Prompt) -> str:
-    return hashlib.sha256(json.dumps([prompt.text, prompt.target, prompt.system]).encode()).hexdigest()[:16]
+    earlier = [[turn.role, turn.content] for turn in prompt.history]
+    said = [prompt.text, prompt.target, prompt.system, *([earlier] if earlier else [])]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]

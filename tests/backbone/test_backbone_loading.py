@@ -8,7 +8,7 @@ import torch
 
 from paving.backbone import BackboneError, as_backbone, checked_ids, load_backbone, render_batch, render_messages
 from paving.backbone.fingerprint import fingerprint
-from paving.prompts.types import Bucket
+from paving.prompts.types import Bucket, Role, Turn
 from tiny_models import lively, prompt, tiny_backbone, tiny_model, tiny_tokenizer
 
 
@@ -167,3 +167,14 @@ def test_a_template_without_system_prompts_says_so():
     assert checked_ids(without, asked)
     with pytest.raises(BackboneError, match=r"chat template of plain takes no system prompt \(no system here\)"):
         checked_ids(without, replace(asked, system="w50"))
+
+
+def test_a_conversation_is_rendered_whole_behind_its_system_prompt(backbone):
+    talk = replace(
+        prompt("p", [10, 11], Bucket.EDIT), system="w50", history=(Turn(Role.USER, "w1"), Turn(Role.ASSISTANT, "w2"))
+    )
+    words = backbone.tokenizer.decode(checked_ids(backbone, talk))
+    alone = backbone.tokenizer.decode(checked_ids(backbone, replace(talk, system=None, history=())))
+    parts = ["<system> w50", "<user> w1", "<assistant> w2", alone.removeprefix("<bos>").strip()]
+    assert [words.index(part) for part in parts] == sorted(words.index(part) for part in parts)
+    assert words.endswith(parts[-1])

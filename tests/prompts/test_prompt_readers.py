@@ -116,7 +116,7 @@ GOOD = '{"id": "a", "prompt": "fine"}\n'
         (GOOD + '{"prompt": " \\n"}', 2, "is blank"),
         (GOOD + '{"prompt": null}', 2, "is blank"),
         (GOOD + '{"prompt": 5}', 2, "no string"),
-        (GOOD + '{"prompt": ["a"]}', 2, "no string"),
+        (GOOD + '{"prompt": ["a"]}', 2, "message 1 is no message with a role"),
         (GOOD + '{"prompt": "x", "id": true}', 2, "no string"),
         (GOOD + '{"prompt": "x", "target": 3}', 2, "no string"),
         (GOOD + '{"prompt": "\\ud800"}', 2, "surrogate"),

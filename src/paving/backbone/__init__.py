@@ -1,6 +1,6 @@
 """Load a causal LM, find its decoder layers, render chats, fingerprint it. Everything here leaves the model frozen."""
 
-from paving.backbone.chat import PromptBatch, checked_ids, pad_left, render_batch, render_ids, render_messages
+from paving.backbone.chat import PromptBatch, checked_ids, pad_left, prompt_ids, render_batch, render_ids, render_messages
 from paving.backbone.embedded import EMBEDDED, cache_dir
 from paving.backbone.layers import BackboneError, decoder_layers
 from paving.backbone.load import Backbone, as_backbone, load_backbone
@@ -16,6 +16,7 @@ __all__ = [
     "decoder_layers",
     "load_backbone",
     "pad_left",
+    "prompt_ids",
     "render_batch",
     "render_ids",
     "render_messages",

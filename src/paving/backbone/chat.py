@@ -55,6 +55,14 @@ def render_ids(backbone: Backbone, text: str, *, system: str | None = None) -> l
     return render_messages(backbone, [*opening, {"role": "user", "content": text}])
 
 
+def prompt_ids(backbone: Backbone, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt behind its system prompt and earlier turns, ending where the assistant's answer begins.
+
+    raises BackboneError where the model's chat template takes no system prompt, and it has one
+    """
+    return render_messages(backbone, prompt.messages)
+
+
 def render_messages(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation, ending where the assistant's next answer begins.
 
@@ -97,7 +105,7 @@ def render_batch(backbone: Backbone, prompts: Sequence[Prompt], *, room: int = 0
 
 def checked_ids(backbone: Backbone, prompt: Prompt, *, room: int = 0) -> list[int]:
     """The prompt's token ids, refused if prompt and `room` do not fit the model's context."""
-    row = render_ids(backbone, prompt.text, system=prompt.system)
+    row = prompt_ids(backbone, prompt)
     if len(row) + room > backbone.context_length:
         raise BackboneError(
             f"prompt {prompt.id} has {len(row)} tokens; with {room} to follow it does not fit the "

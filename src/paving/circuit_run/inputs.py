@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from paving.backbone import Backbone, render_ids
+from paving.backbone import Backbone, prompt_ids
 from paving.circuit.pairs import Pair, categories_in, read_pairs, split_pairs
 from paving.circuit_run.config import CircuitConfig
 from paving.evaluation.refusal_policy import BENIGN, CATEGORY, OOD_BENIGN, PromptSet
@@ -199,5 +199,5 @@ def own_answers(
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = backbone.tokenizer(answer.response, add_special_tokens=False)["input_ids"]
         if tokens:
-            rows.append(Example(render_ids(backbone, prompt.text, system=prompt.system), tokens))
+            rows.append(Example(prompt_ids(backbone, prompt), tokens))
     return tuple(rows)

@@ -55,7 +55,7 @@ def _target_texts(study: Study) -> dict[str, str]:
 
 
 def _as_answers(study: Study, texts: dict[str, str]) -> list[Completion]:
-    return [Completion(p.id, p.bucket.value, p.text, texts[p.id], 0, False, gate=0.0) for p in study.of(Bucket.EDIT)]
+    return [Completion(p.id, p.bucket.value, p.transcript, texts[p.id], 0, False, gate=0.0) for p in study.of(Bucket.EDIT)]
 
 
 def _tokens(study: Study, text: str) -> tuple[int, ...]:

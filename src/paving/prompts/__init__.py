@@ -25,7 +25,7 @@ from .readers import read_prompts
 from .sources import KNOWN_DATASETS, Columns
 from .splits import BucketSizes, SplitSizes, restrict, split_prompts
 from .starter_set import organism_prompts, starter_prompts
-from .types import Bucket, Prompt, PromptError, SplitName, Splits, count_by_bucket
+from .types import Bucket, Prompt, PromptError, Role, SplitName, Splits, Turn, count_by_bucket
 
 __all__ = [
     "CONTRAST_SETS",
@@ -38,9 +38,11 @@ __all__ = [
     "Leakage",
     "Prompt",
     "PromptError",
+    "Role",
     "SplitName",
     "SplitSizes",
     "Splits",
+    "Turn",
     "contrast_prompts",
     "count_by_bucket",
     "drop_exact_duplicates",

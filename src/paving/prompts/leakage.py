@@ -68,7 +68,7 @@ def find_leakage(splits: Splits) -> Leakage:
     by_text: dict[str, list[tuple[Prompt, SplitName]]] = defaultdict(list)
     by_group: dict[str, list[tuple[Prompt, SplitName]]] = defaultdict(list)
     for prompt, name in placed:
-        by_text[normalised(prompt.text)].append((prompt, name))
+        by_text[normalised(prompt.transcript)].append((prompt, name))
         by_group[prompt.group].append((prompt, name))
     findings = [_finding("exact between buckets", c) for c in by_text.values() if len({p.bucket for p, _ in c}) > 1]
     findings += [_finding("exact between splits", c) for c in by_text.values() if len({name for _, name in c}) > 1]
@@ -102,7 +102,7 @@ def drop_exact_duplicates(prompts: Iterable[Prompt]) -> tuple[tuple[Prompt, ...]
     prompts = tuple(prompts)
     first: dict[tuple[Bucket, str], str] = {}
     for p in sorted(prompts, key=lambda p: p.id):
-        first.setdefault((p.bucket, normalised(p.text)), p.id)
+        first.setdefault((p.bucket, normalised(p.transcript)), p.id)
     stays = set(first.values())
     return tuple(p for p in prompts if p.id in stays), tuple(p.id for p in prompts if p.id not in stays)
 
@@ -126,7 +126,7 @@ def group_near_duplicates(prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
         groups: dict[str, set[str]] = defaultdict(set)
         for p in prompts:
             if p.bucket == bucket:
-                groups[normalised(p.text)].add(p.group)
+                groups[normalised(p.transcript)].add(p.group)
         texts = list(groups)
         near = ((texts[i], texts[j]) for i, j in near_pairs(texts))
         for a, b in [*((text, text) for text in texts), *near]:

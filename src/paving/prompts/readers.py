@@ -8,11 +8,12 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from .conversations import Conversation, read_conversation
 from .rows import Row, listed, open_rows, shown
 from .sources import KNOWN_DATASETS, Columns, Condition, KnownDataset, Source, cell_text, parse_source
 from .types import Bucket, Prompt, PromptError
 
-PROMPT_COLUMNS = ("prompt", "text", "instruction", "question", "goal")
+PROMPT_COLUMNS = ("prompt", "text", "instruction", "question", "goal", "messages")
 GROUP_COLUMNS = ("group", "focus")
 
 
@@ -25,9 +26,10 @@ def read_prompts(
               `?split=...&config=...` a part of a dataset (see `paving.prompts.sources`)
     limit:    stop after so many prompts; rows behind them are not read
     columns:  where the prompt and its id, group, target and source stand. Without it: the dataset's known columns, or
-              else the prompt in `prompt` (failing that in the one of `text`, `instruction`, `question`, `goal` that is
-              there)
-    returns:  prompts whose text is the cell's, untouched. A row without an id is `<stem>-<row number>`, and an integer
+              else the prompt in `prompt` (failing that in the one of `text`, `instruction`, `question`, `goal`,
+              `messages` that is there)
+    returns:  prompts whose text is the cell's, untouched; a cell may be a list of messages, which is a conversation that
+              ends with the user's. A row without an id is `<stem>-<row number>`, and an integer
               id n is `<stem>-n`, as a bare number would soon meet itself in another file; stem is the file's name, or
               `<dataset>-<split>`. A row with a blank group is its own group.
 
@@ -112,9 +114,7 @@ def _guess_columns(row: Row, name: str) -> Columns:
 def _prompt(row: Row, stem: str, bucket: Bucket, columns: Columns) -> Prompt:
     if columns.prompt not in row.cells:
         raise PromptError(f"{row.place}: no `{columns.prompt}`; the row has {listed(row.cells)}. Add it, or drop the row.")
-    text = _text(row, columns.prompt)
-    if text is None:
-        raise PromptError(f"{row.place}: `{columns.prompt}` is blank. Write a prompt there, or drop the row.")
+    asked = _asked(row, columns.prompt)
     given = _text(row, columns.id or "id", integers=f"{stem}-")
     group_column = columns.group or next((c for c in GROUP_COLUMNS if c in row.cells), GROUP_COLUMNS[0])
     prompt_id = given or f"{stem}-{row.number}"
@@ -128,13 +128,27 @@ def _prompt(row: Row, stem: str, bucket: Bucket, columns: Columns) -> Prompt:
         group = columns.group_names[group]
     return Prompt(
         id=prompt_id,
-        text=text,
+        text=asked.text,
         bucket=bucket,
         group=prompt_id if group is None else " ".join(group.split()).casefold(),  # "Kill " and "kill" are one word
         target=_text(row, columns.target or "target"),
         source=_text(row, columns.source or "source"),
-        system=_text(row, "system"),
+        system=asked.system,
+        history=asked.history,
     )
+
+
+def _asked(row: Row, column: str) -> Conversation:
+    system = _text(row, "system")
+    if isinstance(messages := row.cells[column], list):
+        found = read_conversation(messages, f"{row.place}: `{column}`", _checked)
+        if system is not None and found.system is not None:
+            raise PromptError(f"{row.place}: a system prompt in `{column}` and in `system`. Keep one of them.")
+        return Conversation(found.system if system is None else system, found.history, found.text)
+    text = _text(row, column)
+    if text is None:
+        raise PromptError(f"{row.place}: `{column}` is blank. Write a prompt there, or drop the row.")
+    return Conversation(system, (), text)
 
 
 def _text(row: Row, column: str, *, integers: str | None = None) -> str | None:
@@ -142,17 +156,20 @@ def _text(row: Row, column: str, *, integers: str | None = None) -> str | None:
     value = row.cells.get(column)
     if integers is not None and isinstance(value, int) and not isinstance(value, bool):
         return f"{integers}{value}"
+    return _checked(value, f"{row.place}: `{column}`")
+
+
+def _checked(value: object, where: str) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if not isinstance(value, str):
-        raise PromptError(f"{row.place}: `{column}` is {shown(value)}, which is no string. Put it in quotes.")
+        raise PromptError(f"{where} is {shown(value)}, which is no string. Put it in quotes.")
     try:
         value.encode()
     except UnicodeEncodeError as exc:
         # JSON can spell half a surrogate pair; it would fail much later, in a tokeniser or when the run is saved.
         raise PromptError(
-            f"{row.place}: `{column}` holds half of a surrogate pair at character {exc.start}. "
-            f"Write the character itself, or remove it."
+            f"{where} holds half of a surrogate pair at character {exc.start}. Write the character itself, or remove it."
         ) from exc
     return value
 

@@ -67,5 +67,5 @@ def as_completions(
         ended = bool(tokens) and tokens[-1] in backbone.eos_ids
         tokens = tokens[:-1] if ended else tokens
         text = backbone.tokenizer.decode(tokens, skip_special_tokens=True)
-        result.append(Completion(p.id, p.bucket.value, p.text, text, len(tokens), not ended, gate=0.0))
+        result.append(Completion(p.id, p.bucket.value, p.transcript, text, len(tokens), not ended, gate=0.0))
     return result

@@ -6,11 +6,11 @@ Both ask the model, so they stand here rather than with the prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from paving.backbone import Backbone, BackboneError, pad_left, render_ids, render_messages
+from paving.backbone import Backbone, BackboneError, pad_left, prompt_ids, render_messages
 from paving.generation import Completion, Decoding, decode
 from paving.processes import agreed, gathered, of_all, shared
 from paving.prompts.types import Prompt
@@ -85,7 +85,7 @@ def reframe_targets(
     anchor = tuple(backbone.tokenizer(ANCHOR_PREFIX, add_special_tokens=False)["input_ids"])
     if len(anchor) >= horizon:
         raise BackboneError(f"the anchor prefix has {len(anchor)} tokens; the horizon must be longer than {horizon}.")
-    teacher = {p.id: render_messages(backbone, reframe_messages(p.text)) for p in prompts}
+    teacher = {p.id: render_messages(backbone, reframe_messages(p.transcript)) for p in prompts}
     keys = {
         i: TraceStore.key(base=backbone.fingerprint, dtype=str(backbone.dtype), teacher=t, anchor=anchor, horizon=horizon)
         for i, t in teacher.items()
@@ -155,7 +155,7 @@ def _answer_target(backbone: Backbone, prompt: Prompt, answer: str, horizon: int
     if len(tokens) < horizon:  # a short answer ends: the edit must learn that too
         tokens = [*tokens, backbone.tokenizer.eos_token_id]
     tokens = tuple(tokens[:horizon])
-    teacher = tuple(render_ids(backbone, ANSWER_TEACHER.format(prompt=prompt.text), system=prompt.system))
+    teacher = tuple(prompt_ids(backbone, replace(prompt, text=ANSWER_TEACHER.format(prompt=prompt.text))))
     return EditTarget(tokens, tokens[:4], teacher, kind)
 
 

@@ -157,7 +157,7 @@ def drop_from_training(splits: Splits, usable: set[str]) -> Splits:
 def _as_answer(backbone: Backbone, prompt: Prompt, target: EditTarget) -> Completion:
     text = backbone.tokenizer.decode(target.continuation, skip_special_tokens=True)
     cut = target.continuation[-1] not in backbone.eos_ids
-    return Completion(prompt.id, prompt.bucket.value, prompt.text, text, len(target.continuation), cut, gate=0.0)
+    return Completion(prompt.id, prompt.bucket.value, prompt.transcript, text, len(target.continuation), cut, gate=0.0)
 
 
 def edit_targets(
@@ -221,7 +221,7 @@ def boundary_matrix(
     backbone: Backbone, prompts: Sequence[Prompt], config: ControllerConfig, *, batch_size: int = 32
 ) -> torch.Tensor:
     """(n, n_features) float32 boundary features of any prompts, without traces; rows follow `prompts`."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].text), prompts[i].id))
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].transcript), prompts[i].id))
     rows: dict[int, torch.Tensor] = {}
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
