@@ -10,8 +10,9 @@ import pytest
 
 from paving.evaluation.judges import Label
 from paving.evaluation.judges.api import ApiJudge
+from paving.evaluation.judges.api_errors import Retries
 from paving.evaluation.judges.untrusted import JudgeError
-from tiny_endpoint import MODEL, Fault, quota_used_up, too_many_requests
+from tiny_endpoint import MODEL, Endpoint, Fault, quota_used_up, serving, too_many_requests
 from tiny_rows import LOCAL, NEEDS_INSPECT, ONE, ROWS, says
 
 pytestmark = NEEDS_INSPECT
@@ -57,8 +58,8 @@ def test_a_quota_that_ends_half_way_ends_it_at_once_and_what_was_paid_for_is_giv
         return own()
 
     endpoint.answer = paid
-    found, message = failing(replace(judge, model=model, retries=8))
-    assert len(found) == 5 and len(endpoint.requests) <= 8
+    found, message = failing(replace(judge, model=model, retries=8), ROWS * 3)
+    assert len(found) == 5 and len(endpoint.requests) <= 5 + judge.concurrency, "no more than were under way by then"
     assert "quota" in message and "429" in message
     assert waited == [], "a quota does not come back by asking again"
 
@@ -85,12 +86,47 @@ def test_ctrl_c_gives_up_what_hangs(judge, endpoint):
     assert time.monotonic() - start < 30, "not the minute that the endpoint takes"
 
 
-def test_nobody_listening_is_one_line(judge):
+def test_nobody_listening_is_one_line_at_once(judge, waited):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    _, message = failing(replace(judge, base_url=f"http://127.0.0.1:{port}/v1", retries=0))
+    _, message = failing(replace(judge, base_url=f"http://127.0.0.1:{port}/v1", retries=8))
     assert f"cannot reach {LOCAL} at 127.0.0.1:{port}" in message
+    assert waited == [], "asking again brings up no server"
+
+
+def gone(_n, _own):
+    raise ConnectionResetError("the connection that is still open breaks")
+
+
+def test_an_endpoint_that_goes_down_is_asked_again(backbone, waited):
+    with serving(Endpoint(backbone)) as endpoint:
+        stream = ApiJudge(LOCAL, base_url=endpoint.url, timeout=20, retries=2, concurrency=1).judge_stream(ROWS)
+        assert next(stream)[1].reason.startswith("api:")
+        endpoint.answer = gone
+    with pytest.raises(JudgeError):
+        list(stream)
+    assert len(waited) >= 2
+
+
+class ConnectError(Exception):
+    """Named as the HTTP client's."""
+
+
+def test_only_connections_that_were_never_made_are_not_made_again():
+    def behind(cause):
+        error = RuntimeError("connection error")
+        error.__cause__ = cause
+        return error
+
+    for cause in (ConnectError(), ConnectionRefusedError(), socket.gaierror()):
+        assert not Retries(lambda e: True)(behind(cause))
+        assert Retries(lambda e: True, reached=True)(behind(cause))
+    for other in (behind(None), behind(ConnectionResetError()), TimeoutError()):
+        assert Retries(lambda e: True)(other) and not Retries(lambda e: False)(other)
+    retries, busy = Retries(lambda e: True), RuntimeError("too many requests")
+    busy.status_code = 429
+    assert retries(busy) and retries(behind(ConnectError())), "it has answered: with 429"
 
 
 def test_a_wrong_model_is_one_line_that_names_it(judge, endpoint):

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from paving.evaluation.judges.api_answers import FIELD, mentioned, parsed
-from paving.evaluation.judges.api_errors import Endpoint, plainly, quota_used_up
+from paving.evaluation.judges.api_errors import Endpoint, Retries, plainly
 from paving.evaluation.judges.pacing import Pace
 from paving.evaluation.judges.protocol import Exchange, Judged, Label, Verdict
 from paving.evaluation.judges.rubric_text import KNOWN_OF_BUCKET, rubric_source, rubric_text
@@ -208,9 +208,7 @@ class ApiJudge:
             )
         except Exception as error:
             raise plainly(error, self._endpoint) from error
-        again = model.api.should_retry
-        # Most providers take it for one of the 429 that pass, and would ask for a quarter of an hour.
-        model.api.should_retry = lambda error: False if quota_used_up(error) else again(error)
+        model.api.should_retry = Retries(model.api.should_retry)
         return model
 
     def _config(self) -> GenerateConfig:
@@ -242,6 +240,7 @@ class ApiJudge:
                 output = await model.generate([ChatMessageUser(content=message)])
             except Exception as error:
                 raise plainly(error, self._endpoint) from error
+            model.api.should_retry.reached = True
             if output.usage is not None:
                 self._pace.settle(place, output.usage.total_tokens)
             asked = f",asked-{attempt}" if attempt > 1 else ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from paving.evaluation.judges.untrusted import JudgeError
@@ -74,6 +76,31 @@ def quota_used_up(error: BaseException) -> bool:
     return getattr(error, "status_code", None) == 429 and (
         "insufficient_quota" in told or "exceeded your current quota" in told
     )
+
+
+@dataclass
+class Retries:
+    """Whether a request that failed is sent again: what the client takes for passing, but for two things.
+
+    A quota that is used up: most providers take it for one of the 429 that pass, and would ask for a quarter of an hour.
+    And an address where nothing has answered yet: it is mistyped, or its server was not started. Once something has
+    answered there (`reached`), a connection that fails is one that passes.
+    """
+
+    passing: Callable[[BaseException], bool]
+    reached: bool = False
+
+    def __call__(self, error: BaseException) -> bool:
+        self.reached = self.reached or getattr(error, "status_code", None) is not None
+        return False if quota_used_up(error) or (not self.reached and unreachable(error)) else self.passing(error)
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether no connection could be made at all: refused, or no such host. Told by its causes, a client's own by name."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    return any(isinstance(e, ConnectionRefusedError | socket.gaierror) or type(e).__name__ == "ConnectError" for e in causes)
 
 
 def _inner(error: BaseException) -> BaseException:
