@@ -41,6 +41,7 @@ TIERS = (
         "run_splits",
         "ablations",
         "router_search",
+        "router_shift",
         "chat",
         "progress",
         "presets",

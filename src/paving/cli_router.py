@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from paving.terminal import AsJson, err, layers, one_line_errors, out, say
 
-app = typer.Typer(help="Gates: search one that opens on edit prompts and leaves keeps alone.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from paving.router_shift import Shifted
 
-
-@app.callback()
-def _group() -> None:
-    """Keeps `search` a command of its own while it is the only one."""
+app = typer.Typer(
+    help="Gates: search one that opens on edit prompts and leaves keeps alone; see where it holds.", no_args_is_help=True
+)
 
 
 @app.command()
@@ -87,4 +88,53 @@ def table_of(tried: list[dict]) -> Table:
         reads = f"{row['pooling']}, blocks {', '.join(map(str, row['layers']))}"
         figures = (f"{row['partial_auc']:.3f}", f"{row['auc']:.3f}", f"{100 * row['opened']:.0f} %")
         table.add_row(reads, row["kernel"], row["contrast"], *figures)
+    return table
+
+
+@app.command()
+@one_line_errors
+def shift(
+    run: Annotated[Path, typer.Argument(help="Run folder with a finished controller.")],
+    edit: Annotated[list[str] | None, typer.Option(help="Further prompts that should be edited, as `paving train`.")] = None,
+    benign: Annotated[list[str] | None, typer.Option(help="Further ordinary prompts; repeat for more sources.")] = None,
+    harmful: Annotated[list[str] | None, typer.Option(help="Further harmful prompts.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most prompts read of a source.")] = 200,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:1, mps, ...; offload:20GiB")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a model repository run its own code.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Where the gate opens when prompts are said otherwise: in capitals, behind a system prompt, in a second turn."""
+    from paving.progress import live_progress
+    from paving.prompts.types import Bucket
+    from paving.router_shift import RECORD, read_source
+    from paving.router_shift import shift as shifted
+    from paving.run import Means
+
+    asked = {Bucket.EDIT: edit, Bucket.BENIGN_KEEP: benign, Bucket.HARMFUL_KEEP: harmful}
+    sources = [read_source(place, bucket, limit) for bucket, places in asked.items() for place in places or ()]
+    with live_progress(err, quiet=as_json) as (stage, watch, note):
+        means = Means.default(device=device, trust_remote_code=trust_remote_code, stage=stage, watch=watch, say=note)
+        found = shifted(run, means, sources)
+    if as_json:
+        print(json.dumps([one.model_dump(mode="json") for one in found], indent=1))
+        return
+    out.print(shift_table(found))
+    for one in (one for one in found if one.beyond):
+        say(f"beyond the promise of {100 * one.promised:g} %: {one.bucket.value}, {one.prompts}, {one.clothes}")
+    say(f"saved: {run / RECORD}")
+
+
+def shift_table(found: Sequence[Shifted]) -> Table:
+    """A line for the same prompts in the same clothes; a source has a figure under its own bucket alone."""
+    from paving.prompts.types import Bucket
+    from paving.report.tables import rate_text
+    from paving.router_shift import HELD_OUT
+
+    table = Table("gates that open, % [95 %]", "edit ↑", "benign keep ↓", "harmful keep ↓")
+    lines: dict[str, dict[Bucket, str]] = {}
+    for one in found:
+        line = lines.setdefault(one.clothes if one.prompts == HELD_OUT else one.prompts, {})
+        line[one.bucket] = rate_text(one.opened)
+    for name, cells in lines.items():
+        table.add_row(name, *(cells.get(bucket, "") for bucket in Bucket))
     return table

@@ -1,0 +1,146 @@
+"""`paving router shift`: gates of prompts said otherwise, as the controller decides, and a promise held against them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from command_line import printed, refused
+from paving.cli_router import shift_table
+from paving.controller.residual_paving import ResidualPaving
+from paving.controller.store import load_controller
+from paving.evaluation.results import Rate
+from paving.prompts.types import Bucket, PromptError
+from paving.router_shift import AS_THEY_ARE, CLOTHES, HELD_OUT, Shifted, Source, opened, read_source, shift
+from paving.run import evaluate, train
+from paving.run_folder import RunError
+from paving.run_splits import recorded_split
+from paving.training.promise import PromiseConfig
+from tiny_runs import WordJudge, tiny_run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shifted")
+    config, means = tiny_run(folder)
+    calibration = config.calibration.model_copy(update={"promise": PromiseConfig(harmful=0.3, delta=0.4)})
+    config = config.model_copy(update={"calibration": calibration, "system": "w3 w4"})
+    train(config, folder / "run", means, WordJudge())
+    return folder, config, means
+
+
+@pytest.fixture
+def gates(monkeypatch):
+    """gates(is_open): controllers decide by prompt id from here on; returns the ids they are asked about."""
+    real = ResidualPaving.decide
+
+    def deciding(is_open):
+        seen = []
+
+        def decide(self, features, batch):
+            seen.extend(batch.ids)
+            gate = torch.tensor([float(is_open(i)) for i in batch.ids])
+            return replace(real(self, features, batch), gate=gate)
+
+        monkeypatch.setattr(ResidualPaving, "decide", decide)
+        return seen
+
+    return deciding
+
+
+def test_as_they_are_is_what_evaluation_counts(trained):
+    folder, config, means = trained
+    found = shift(folder / "run", means)
+    metrics = evaluate(folder / "run", means, judge=WordJudge())
+    rows = {r.name: r for r in metrics.rows}
+    shipped = (
+        "learned+veto"
+        if json.loads((folder / "run" / "controller" / "controller.json").read_text())["use_veto"]
+        else "learned"
+    )
+    splits = recorded_split(config, folder / "run")
+    for one in (one for one in found if one.clothes == AS_THEY_ARE):
+        assert one.opened.n == sum(p.bucket is one.bucket for p in splits.held_out)
+        counted = rows[shipped].gate_active[one.bucket]
+        assert (one.opened.k, one.opened.n) == (counted.k, counted.n)
+    assert [one.clothes for one in found] == [name for name in CLOTHES for _ in Bucket]
+    kept = json.loads((folder / "run" / "shift.json").read_text(encoding="utf-8"))
+    assert [Shifted.model_validate(row) for row in kept] == found
+
+
+def test_clothes_change_what_is_said_and_nothing_of_who_asks(trained):
+    folder, config, _ = trained
+    prompt = replace(recorded_split(config, folder / "run").held_out[0], text="How do I kill a Python process?")
+    texts = set()
+    for name, dress in CLOTHES.items():
+        dressed = dress(prompt)
+        assert (dressed.id, dressed.group, dressed.bucket) == (prompt.id, prompt.group, prompt.bucket)
+        assert prompt.text.lower() in dressed.transcript.lower() or name.startswith("lower")
+        texts.add(json.dumps(dressed.messages))
+    assert len(texts) == len(CLOTHES)
+
+
+def test_gates_are_counted_and_a_promise_is_held_against_them(trained, gates):
+    folder, config, means = trained
+    harmful = {p.id for p in recorded_split(config, folder / "run").held_out if p.bucket is Bucket.HARMFUL_KEEP}
+    gates(lambda i: i in harmful)
+    found = shift(folder / "run", means)
+    for one in found:
+        assert one.opened.k == (one.opened.n if one.bucket is Bucket.HARMFUL_KEEP else 0)
+        assert one.promised == (0.3 if one.bucket is Bucket.HARMFUL_KEEP else None)
+        assert one.beyond is (one.bucket is Bucket.HARMFUL_KEEP)
+
+
+def test_few_gates_above_a_promise_are_chance():
+    of_two = Shifted(
+        prompts=HELD_OUT, clothes="x", bucket=Bucket.HARMFUL_KEEP, promised=0.4,
+        opened=Rate(k=1, n=2, rate=0.5, low=0.1, high=0.9),
+    )  # fmt: skip
+    assert not of_two.beyond and not of_two.model_copy(update={"promised": None}).beyond
+
+
+def test_a_source_is_asked_without_what_was_fitted_on_and_behind_the_runs_system_prompt(trained, gates):
+    folder, config, means = trained
+    seen = gates(lambda _i: False)
+    splits = recorded_split(config, folder / "run")
+    fitted_on = {p.text for p in (*splits.train, *splits.calibration)}
+    source = read_source(str(folder / "edit.jsonl"), Bucket.EDIT)
+    found = shift(folder / "run", means, [source])
+    left = [p for p in source.prompts if p.text not in fitted_on]
+    assert (found[-1].prompts, found[-1].opened.n) == (str(folder / "edit.jsonl"), len(left))
+    assert 0 < len(left) < len(source.prompts) and set(seen[-len(left) :]) == {p.id for p in left}
+    with pytest.raises(PromptError, match="fitted on all of these"):
+        shift(folder / "run", means, [Source("mine", Bucket.EDIT, [p for p in source.prompts if p.text in fitted_on])])
+
+
+def test_gates_of_a_batch_are_those_of_each_prompt_alone(trained):
+    folder, config, means = trained
+    backbone = means.load(config.model, config.dtype)
+    controller = load_controller(folder / "run" / "controller", backbone)
+    prompts = recorded_split(config, folder / "run").held_out
+    together = opened(backbone, controller, prompts, batch_size=5)
+    assert together == {k: v for p in prompts for k, v in opened(backbone, controller, [p]).items()}
+
+
+def test_a_folder_without_a_controller_is_one_clear_error(trained, tmp_path):
+    _, config, means = trained
+    (tmp_path / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
+    with pytest.raises(RunError, match="has no finished controller"):
+        shift(tmp_path, means)
+    assert refused("router", "shift", tmp_path / "absent").startswith("Error:")
+
+
+def test_the_table_has_a_line_for_a_dress_and_the_machine_gets_everything(trained):
+    folder, config, _ = trained
+    run, more = folder / "run", folder / "harmful_keep.jsonl"
+    known = [p for p in recorded_split(config, run).train if p.bucket is Bucket.EDIT][:2]
+    (folder / "seen.jsonl").write_text("".join(json.dumps({"prompt": p.text}) + "\n" for p in known), encoding="utf-8")
+    told = printed("router", "shift", run, "--harmful", more, "--device", "cpu")
+    assert AS_THEY_ARE in told and "capitals" in told and "shift.json" in " ".join(told.split())
+    rows = json.loads(printed("router", "shift", run, "--device", "cpu", "--json"))
+    assert len(rows) == len(CLOTHES) * len(Bucket)
+    assert [*shift_table([Shifted.model_validate(row) for row in rows]).columns[0].cells] == [*CLOTHES]
+    assert "fitted on all of these" in refused("router", "shift", run, "--edit", folder / "seen.jsonl", "--device", "cpu")
