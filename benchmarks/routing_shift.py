@@ -14,9 +14,10 @@ import json
 import sys
 from pathlib import Path
 
+from paving.evaluation.shift import HELD_OUT, Shifted
 from paving.prompts.types import Bucket, Prompt
 from paving.report.tables import rate_text
-from paving.router_shift import HELD_OUT, Shifted, Source, read_source, shift
+from paving.router_shift import Source, read_source, shift
 from paving.run import Means
 from paving.run_folder import read_config
 from paving.run_splits import recorded_split

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from command_line import printed, refused
-from paving.cli_router import shift_table
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import load_controller
 from paving.evaluation.results import Rate
+from paving.evaluation.shift import AS_THEY_ARE, HELD_OUT, Shifted
 from paving.prompts.types import Bucket, PromptError
-from paving.router_shift import AS_THEY_ARE, CLOTHES, HELD_OUT, Shifted, Source, opened, read_source, shift
-from paving.run import evaluate, train
+from paving.report.shift import beyond_promise, shift_table
+from paving.router_shift import CLOTHES, Source, opened, read_source, shift
+from paving.run import evaluate, report, train
 from paving.run_folder import RunError
 from paving.run_splits import recorded_split
 from paving.training.promise import PromiseConfig
@@ -92,6 +93,25 @@ def test_gates_are_counted_and_a_promise_is_held_against_them(trained, gates):
         assert one.opened.k == (one.opened.n if one.bucket is Bucket.HARMFUL_KEEP else 0)
         assert one.promised == (0.3 if one.bucket is Bucket.HARMFUL_KEEP else None)
         assert one.beyond is (one.bucket is Bucket.HARMFUL_KEEP)
+    assert len(beyond_promise(found)) == len(CLOTHES)
+    assert beyond_promise(found)[0] == "Beyond the promise of 30.0%: harmful keep, as they are, 10 of 10 open."
+
+
+def test_the_report_shows_it_and_says_what_is_damaged(trained, gates):
+    folder, _, means = trained
+    run = folder / "run"
+    evaluate(run, means, judge=WordJudge())
+    (run / "shift.json").unlink(missing_ok=True)
+    assert "Where the gate holds" not in report(run).read_text(encoding="utf-8")
+    gates(lambda _i: True)
+    shift(run, means)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Where the gate holds" in page and "in a paragraph" in page
+    assert "Beyond the promise of 30.0%: harmful keep, capitals" in page
+    (run / "shift.json").write_text("[{}]", encoding="utf-8")
+    with pytest.raises(RunError, match="damaged or of another version"):
+        report(run)
+    (run / "shift.json").unlink()
 
 
 def test_few_gates_above_a_promise_are_chance():
@@ -142,5 +162,5 @@ def test_the_table_has_a_line_for_a_dress_and_the_machine_gets_everything(traine
     assert AS_THEY_ARE in told and "capitals" in told and "shift.json" in " ".join(told.split())
     rows = json.loads(printed("router", "shift", run, "--device", "cpu", "--json"))
     assert len(rows) == len(CLOTHES) * len(Bucket)
-    assert [*shift_table([Shifted.model_validate(row) for row in rows]).columns[0].cells] == [*CLOTHES]
+    assert [line[0].text for line in shift_table([Shifted.model_validate(row) for row in rows]).rows] == [*CLOTHES]
     assert "fitted on all of these" in refused("router", "shift", run, "--edit", folder / "seen.jsonl", "--device", "cpu")

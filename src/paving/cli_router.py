@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from paving.terminal import AsJson, err, layers, one_line_errors, out, say
-
-if TYPE_CHECKING:
-    from paving.router_shift import Shifted
 
 app = typer.Typer(
     help="Gates: search one that opens on edit prompts and leaves keeps alone; see where it holds.", no_args_is_help=True
@@ -104,9 +100,11 @@ def shift(
     as_json: AsJson = False,
 ) -> None:
     """Where the gate opens when prompts are said otherwise: in capitals, behind a system prompt, in a second turn."""
+    from paving.evaluation.shift import SHIFT
     from paving.progress import live_progress
     from paving.prompts.types import Bucket
-    from paving.router_shift import RECORD, read_source
+    from paving.report.shift import beyond_promise, shift_terminal_table
+    from paving.router_shift import read_source
     from paving.router_shift import shift as shifted
     from paving.run import Means
 
@@ -118,23 +116,7 @@ def shift(
     if as_json:
         print(json.dumps([one.model_dump(mode="json") for one in found], indent=1))
         return
-    out.print(shift_table(found))
-    for one in (one for one in found if one.beyond):
-        say(f"beyond the promise of {100 * one.promised:g} %: {one.bucket.value}, {one.prompts}, {one.clothes}")
-    say(f"saved: {run / RECORD}")
-
-
-def shift_table(found: Sequence[Shifted]) -> Table:
-    """A line for the same prompts in the same clothes; a source has a figure under its own bucket alone."""
-    from paving.prompts.types import Bucket
-    from paving.report.tables import rate_text
-    from paving.router_shift import HELD_OUT
-
-    table = Table("gates that open, % [95 %]", "edit ↑", "benign keep ↓", "harmful keep ↓")
-    lines: dict[str, dict[Bucket, str]] = {}
-    for one in found:
-        line = lines.setdefault(one.clothes if one.prompts == HELD_OUT else one.prompts, {})
-        line[one.bucket] = rate_text(one.opened)
-    for name, cells in lines.items():
-        table.add_row(name, *(cells.get(bucket, "") for bucket in Bucket))
-    return table
+    out.print(shift_terminal_table(found))
+    for sentence in beyond_promise(found):
+        say(sentence)
+    say(f"saved: {run / SHIFT}" + (f"; shown in {run / 'report.html'}" if (run / "metrics.json").exists() else ""))

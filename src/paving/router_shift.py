@@ -16,18 +16,15 @@ from paving.backbone import Backbone, render_batch
 from paving.controller.residual_paving import ResidualPaving, boundary_features
 from paving.controller.store import load_controller
 from paving.evaluation.resampling import grouped_rate
-from paving.evaluation.results import Rate, Record
+from paving.evaluation.shift import AS_THEY_ARE, HELD_OUT, SHIFT, Shifted
 from paving.prompts.leakage import normalised
 from paving.prompts.readers import read_prompts
 from paving.prompts.types import Bucket, Prompt, PromptError, Role, Turn
-from paving.run import Means
+from paving.run import Means, report
 from paving.run_folder import RunError, read_config, write_json
 from paving.run_splits import recorded_split
 from paving.traces.store import chunks
 
-RECORD = "shift.json"
-HELD_OUT = "held out"
-AS_THEY_ARE = "as they are"
 PARAGRAPH = (
     "I have been reading a lot this week and my sister came to visit, so the house was full of people and noise. "
     "We cooked, we went for a walk by the river, and in the evening we talked about work. {} "
@@ -52,21 +49,6 @@ CLOTHES: Mapping[str, Callable[[Prompt], Prompt]] = {
 }
 
 
-class Shifted(Record):
-    """prompts: `held out`, or a source's name; promised: the share that may open by the run's promise, None without one."""
-
-    prompts: str
-    clothes: str
-    bucket: Bucket
-    opened: Rate  # gate > 0 after the veto
-    promised: float | None
-
-    @property
-    def beyond(self) -> bool:
-        """Whether the gate opens more often than was promised, beyond what chance explains."""
-        return self.promised is not None and self.opened.low is not None and self.opened.low > self.promised
-
-
 @dataclass(frozen=True)
 class Source:
     """Further prompts of one bucket, under the name that they are told by."""
@@ -82,7 +64,8 @@ def read_source(place: str, bucket: Bucket, limit: int | None = None) -> Source:
 
 
 def shift(run: Path, means: Means, sources: Sequence[Source] = ()) -> list[Shifted]:
-    """Which share of gates opens on held-out prompts in each of the clothes, and on each source; kept in RUN/shift.json.
+    """Which share of gates opens on held-out prompts in each of the clothes, and on each source; kept in RUN/shift.json,
+    and shown in the report of a run that was evaluated.
 
     Prompts of a source that the run was fitted on are left out. The gate is the controller's own: its policy, its veto, and
     what it closes on as unlike its calibration.
@@ -115,7 +98,9 @@ def shift(run: Path, means: Means, sources: Sequence[Source] = ()) -> list[Shift
         flags = opened(backbone, controller, prompts, tick=tick)
         rate = grouped_rate(flags, {p.id: p.group for p in prompts})
         found.append(Shifted(prompts=place, clothes=clothes, bucket=bucket, opened=rate, promised=promised.get(bucket)))
-    write_json(run / RECORD, [one.model_dump(mode="json") for one in found])
+    write_json(run / SHIFT, [one.model_dump(mode="json") for one in found])
+    if (run / "metrics.json").exists():
+        report(run)
     return found
 
 

@@ -23,6 +23,7 @@ from paving.evaluation.judges.named import judge_from
 from paving.evaluation.results import Metrics, TrainingPoint
 from paving.evaluation.routing import router_diagnostics, threshold_curve
 from paving.evaluation.rows import gap_intervals, oracle_gaps, power_sentences, table_rows
+from paving.evaluation.shift import SHIFT, Shifted, read_shift
 from paving.evaluation.three_way import Protocol, three_way
 from paving.evaluation.utility import read_utility
 from paving.generation import TRANSFORMERS
@@ -277,7 +278,7 @@ def report(folder: Path, judged: Path | None = None, answers: Path | None = None
     examples = examples_of(answers or folder, out / "verdicts", [r.name for r in metrics.rows], run=folder)
     further = {"diagnostics": diagnostics_of(folder), "utility": read_utility(folder / "utility.json")}
     if out == folder:  # comparators are judged by the run's own judge alone
-        further |= comparison_of(folder, metrics.judge)
+        further |= comparison_of(folder, metrics.judge) | {"shift": shift_of(folder)}
     return write_report(metrics, out / "report.html", examples=examples, **further)
 
 
@@ -290,6 +291,15 @@ def diagnostics_of(folder: Path) -> Diagnostics | None:
         return Diagnostics.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path} is damaged or of another version. Diagnose again: paving diagnose {folder}") from error
+
+
+def shift_of(folder: Path) -> list[Shifted] | None:
+    """What `paving router shift` counted of this run's gate; None where it was not asked."""
+    path = folder / SHIFT
+    try:
+        return read_shift(path)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged or of another version. Count again: paving router shift {folder}") from error
 
 
 def comparison_of(folder: Path, judge: str) -> dict[str, object]:

@@ -64,25 +64,31 @@ def draw_three_way(metrics: Metrics) -> Figure:
     panels = figure.subplots(3, 1, sharex=True)
     for ax, bucket, aim in zip(panels, Bucket, aims, strict=True):
         ax.set_title(f"{BUCKET_NAMES[bucket].capitalize()}: refusal {aim}")
-        ax.set(xlim=(0, 100), ylim=(max(1, len(rows)) - 0.4, -0.6), yticks=range(len(rows)), yticklabels=names)
-        ax.grid(axis="y", visible=False)
-        ax.tick_params(length=0)
-        ax.tick_params(axis="y", pad=8)  # a marker at 0 reaches over the axis
-        for y, row in enumerate(rows):
-            rate = row.refusal.get(bucket)
-            if rate is None or rate.rate is None:
-                beside(ax, y, missing(rate.n if rate else 0), MUTED)
-                continue
-            ax.barh(y, 100 * rate.rate, height=0.56, color=COLOURS[bucket], alpha=0.28, linewidth=0)
-            marker = "D" if row.kind == "diagnostic" else "o"
-            look = {"fmt": marker, "ms": 5, "capsize": 3, "color": COLOURS[bucket], "clip_on": False}
-            ax.errorbar(100 * rate.rate, y, xerr=whisker(rate), **look)
-            beside(ax, y, f"{percent(rate.rate)}%  {rate.k}/{rate.n}")
+        markers = ["D" if row.kind == "diagnostic" else "o" for row in rows]
+        draw_rates(ax, names, [row.refusal.get(bucket) for row in rows], COLOURS[bucket], markers)
         base = next((row.refusal.get(bucket) for row in rows if row.kind == "reference"), None)
         if base is not None and base.rate is not None:
             ax.axvline(100 * base.rate, color=MUTED, linestyle=(0, (3, 3)), linewidth=1)
     panels[-1].set_xlabel("refused, % (dashed: base)")
     return figure
+
+
+def draw_rates(
+    ax: Axes, names: Sequence[str], rates: Sequence[Rate | None], colour: str, markers: Sequence[str] | None = None
+) -> None:
+    """A line for each name, from the top: bar, mark and whisker of its rate in per cent, and k/n beside it."""
+    ax.set(xlim=(0, 100), ylim=(max(1, len(names)) - 0.4, -0.6), yticks=range(len(names)), yticklabels=names)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(length=0)
+    ax.tick_params(axis="y", pad=8)  # a marker at 0 reaches over the axis
+    for y, (rate, marker) in enumerate(zip(rates, markers or "o" * len(names), strict=True)):
+        if rate is None or rate.rate is None:
+            beside(ax, y, missing(rate.n if rate else 0), MUTED)
+            continue
+        ax.barh(y, 100 * rate.rate, height=0.56, color=colour, alpha=0.28, linewidth=0)
+        look = {"fmt": marker, "ms": 5, "capsize": 3, "color": colour, "clip_on": False}
+        ax.errorbar(100 * rate.rate, y, xerr=whisker(rate), **look)
+        beside(ax, y, f"{percent(rate.rate)}%  {rate.k}/{rate.n}")
 
 
 def _draw_trade_off(metrics: Metrics) -> Figure:

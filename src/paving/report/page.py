@@ -11,12 +11,14 @@ from paving.evaluation.comparison import Comparison
 from paving.evaluation.diagnostics.records import Diagnostics
 from paving.evaluation.judges import Label
 from paving.evaluation.results import Metrics, OracleGapIntervals, Rate, Row
+from paving.evaluation.shift import Shifted
 from paving.evaluation.utility import Utility
 from paving.prompts.types import Bucket
 from paving.report import figures, tables
 from paving.report.comparison import comparison_section
 from paving.report.diagnostics import diagnostics_section
 from paving.report.examples import Example, SideBySide, redact, side_by_side
+from paving.report.shift import shift_section
 from paving.report.tables import percent, points
 from paving.report.templates import fill, write_atomically, write_page
 
@@ -31,11 +33,12 @@ def write_report(
     utility: Utility | None = None,
     comparison: Comparison | None = None,
     comparison_examples: Sequence[Example] = (),
+    shift: Sequence[Shifted] | None = None,
 ) -> Path:
     """Write the page of a run to `path`, which holds either the old page or the whole new one, never a part of it."""
     page = render(
         metrics, examples=examples, title=title, diagnostics=diagnostics, utility=utility,
-        comparison=comparison, comparison_examples=comparison_examples,
+        comparison=comparison, comparison_examples=comparison_examples, shift=shift,
     )  # fmt: skip
     return write_page(page, path)
 
@@ -58,6 +61,7 @@ def render(
     utility: Utility | None = None,
     comparison: Comparison | None = None,
     comparison_examples: Sequence[Example] = (),
+    shift: Sequence[Shifted] | None = None,
 ) -> str:
     """The source of the page. HARMFUL texts are gone before the template sees anything."""
     return fill(
@@ -80,6 +84,7 @@ def render(
         diagnostics_judge=diagnostics and diagnostics.judge,
         utility=utility and tables.utility(utility),
         comparison=comparison and comparison_section(comparison, redact(comparison_examples)),
+        shift=shift and shift_section(shift),
         three_way=tables.three_way(metrics),
         labels=tables.label_counts(metrics),
         against=tables.against_references(metrics),
