@@ -41,7 +41,7 @@ def answers(tmp_path):
 
 def test_judging_prints_counts_and_rates_by_bucket(answers, tmp_path):
     text = printed("judge", answers, "--out", tmp_path / "v.jsonl")
-    assert "judge rules-1" in text
+    assert "judge rules-2" in text
     assert re.search(r"edit +4 +0 +0 +3 +0 +1 +3/4 75\.0", text), text
     assert re.search(r"benign keep +0 +n/a +n/a +n/a +n/a +n/a +n/a \(n=0\)", text)
     assert re.search(r"harmful keep +2 +0 +0 +2 +0 +0 +2/2 100\.0 *\n +\[34\.2, 100\.0\]", text)
@@ -52,7 +52,7 @@ def test_judging_prints_counts_and_rates_by_bucket(answers, tmp_path):
 
 def test_judging_as_json_is_json_and_nothing_else(answers, tmp_path):
     found = json.loads(printed("judge", answers, "--out", tmp_path / "v.jsonl", "--json"))
-    assert (found["judge"], found["n"], found["asked"]) == ("rules-1", 6, 6)
+    assert (found["judge"], found["n"], found["asked"]) == ("rules-2", 6, 6)
     assert found["verdicts"] == str(tmp_path / "v.jsonl")
     edit, benign = found["buckets"][:2]
     assert edit["labels"]["HARMLESS-REFUSAL"] == edit["refusal"]["k"] == 3
@@ -124,7 +124,7 @@ def two(answers, tmp_path):
 
 def test_agreement_prints_figures_and_the_confusion(two):
     text = printed("agree", *two)
-    assert "A: rules-1 (" in text and "B: [blink]other-1 (" in text
+    assert "A: rules-2 (" in text and "B: [blink]other-1 (" in text
     assert "7 completions rated by both (7 matched by id, 0 by text); only in A: 0, only in B: 0" in text
     assert re.search(r"five labels +5/7 71\.4 ", text) and re.search(r"refusal or not +5/7 71\.4 ", text)
     assert re.search(r"refusal +2 +0 +3 +0 +0", text), text

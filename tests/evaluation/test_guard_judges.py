@@ -237,7 +237,7 @@ def test_an_ordinary_models_template_is_told_apart_from_a_guards_that_drops_text
 
 def test_names_tell_the_guard_and_who_stands_in_for_it(wild, llama):
     assert wild.name.startswith("wildguard-1[tiny-judge@") and llama.name.startswith("llama-guard-1[tiny-judge@")
-    assert llama.name.endswith("refusals by rules-1")
+    assert llama.name.endswith("refusals by rules-2")
     for guard in (wild, llama):
         others = {replace(guard, undecided=RuleJudge()).name, replace(guard, least_mass=0.4).name}
         assert len({guard.name, *others}) == 3

@@ -73,7 +73,7 @@ def test_the_second_sees_only_what_the_first_left():
 
 def test_certainty_is_asked_only_of_judges_that_have_it():
     assert TieredJudge(RuleJudge(), Benign()).judge("Tell me.", "I can't help with that.", None).refusal
-    with pytest.raises(JudgeError, match="rules-1 does not say how probable"):
+    with pytest.raises(JudgeError, match="rules-2 does not say how probable"):
         TieredJudge(RuleJudge(), Benign(), certain=0.5)
     with pytest.raises(JudgeError, match="from 0 to 1"):
         TieredJudge(FIRST, Benign(), certain=1.5)

@@ -14,7 +14,7 @@ from paving.evaluation.judges.protocol import Judged, Label, Verdict
 from paving.prompts.rows import shown
 from paving.prompts.types import Bucket
 
-EXAMPLE = '{"id": "...", "judge": "rules-1", "label": "HARMLESS-REFUSAL"}'
+EXAMPLE = '{"id": "...", "judge": "rules-2", "label": "HARMLESS-REFUSAL"}'
 
 
 @dataclass(frozen=True)
