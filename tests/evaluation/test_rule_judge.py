@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from paving.evaluation.judges import Judge, Label, RuleJudge
 from paving.evaluation.judges import rules_phrases as say
-from paving.evaluation.judges.rules import MAX_CHARS, Reading, looks_harmful, non_refusal, refusal
+from paving.evaluation.judges.rules import Reading, looks_harmful, non_refusal, refusal
+from paving.evaluation.judges.rules_phrases import MAX_CHARS
 from paving.prompts.types import Bucket
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -31,10 +31,11 @@ from urllib.parse import urlsplit
 
 from paving.evaluation.judges.api_answers import FIELD, mentioned, parsed
 from paving.evaluation.judges.api_errors import Endpoint, Retries, plainly
+from paving.evaluation.judges.broken import broken
 from paving.evaluation.judges.pacing import Pace
 from paving.evaluation.judges.protocol import Exchange, Judged, Label, Verdict
 from paving.evaluation.judges.rubric_text import KNOWN_OF_BUCKET, rubric_source, rubric_text
-from paving.evaluation.judges.rules import RULES, broken
+from paving.evaluation.judges.rules import RULES
 from paving.evaluation.judges.untrusted import CUT, JudgeError, shares
 from paving.prompts.types import Bucket
 

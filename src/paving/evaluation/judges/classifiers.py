@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paving.backbone.fingerprint import fingerprint
+from paving.evaluation.judges.broken import broken
 from paving.evaluation.judges.protocol import Exchange, Judge, Judged, Label, Verdict, judge_all
-from paving.evaluation.judges.rules import RULES, broken
+from paving.evaluation.judges.rules import RULES
 from paving.evaluation.judges.scoring import judge_name
 from paving.evaluation.judges.untrusted import JudgeError, Untrusted
 from paving.prompts.types import Bucket

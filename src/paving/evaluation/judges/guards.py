@@ -20,8 +20,9 @@ from torch import Tensor
 
 from paving.backbone import Backbone
 from paving.backbone.chat import TEMPLATE_ARGUMENTS
+from paving.evaluation.judges.broken import broken
 from paving.evaluation.judges.protocol import Exchange, Judge, Judged, Label, Verdict, judge_all
-from paving.evaluation.judges.rules import RULES, RuleJudge, broken
+from paving.evaluation.judges.rules import RULES, RuleJudge
 from paving.evaluation.judges.scoring import Answers, Scorer, judge_name, spelled
 from paving.evaluation.judges.untrusted import JudgeError, Quoting, Untrusted
 from paving.prompts.types import Bucket

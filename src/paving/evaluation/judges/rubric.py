@@ -11,9 +11,10 @@ from torch import Tensor
 
 from paving.backbone import Backbone
 from paving.backbone.chat import TEMPLATE_ARGUMENTS
+from paving.evaluation.judges.broken import broken
 from paving.evaluation.judges.protocol import Exchange, Judged, Label, Verdict
 from paving.evaluation.judges.rubric_text import KNOWN_OF_BUCKET, rubric_source, rubric_text
-from paving.evaluation.judges.rules import RULES, broken
+from paving.evaluation.judges.rules import RULES
 from paving.evaluation.judges.scoring import Answers, Scorer, judge_name, spelled
 from paving.evaluation.judges.untrusted import JudgeError, Quoting, Untrusted
 from paving.prompts.types import Bucket

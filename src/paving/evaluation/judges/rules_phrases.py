@@ -1,13 +1,15 @@
 """The linguistic patterns behind `RuleJudge`, one table a speech act.
 
 Every pattern is matched against one lower-cased sentence of at most `MAX_SENTENCE` characters, or one request of at
-most `rules.MAX_CHARS`; every gap in it is counted (`{0,4}`), so matching time is bounded whatever a model writes.
+most `MAX_CHARS`; every gap in it is counted (`{0,4}`), so matching time is bounded whatever a model writes.
 """
 
 from __future__ import annotations
 
 import re
 
+# A response is read up to here. Whether it withholds shows early, and a bound keeps every judgement at a few ms.
+MAX_CHARS = 4000
 MAX_SENTENCE = 500
 
 
