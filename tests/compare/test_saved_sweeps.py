@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 from stand_in import Fitted, stand_in
 
-from paving.compare import compare, methods
+from paving.compare import compare, methods, sweep
 from paving.compare.bench import Bench, open_bench
 from paving.compare.fitting import Fitting
+from paving.evaluation.judges import Label, Verdict
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
 from paving.run_folder import RunConfig
 from paving.steering.checks import SteeringError
 from tiny_models import tiny_backbone
 from tiny_runs import WordJudge
+
+USABLE = "w1 w2 w33"  # of an odd length: no refusal, to WordJudge
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,23 @@ def configured(bench: Bench, **changes: object) -> Bench:
 def first_prompt(bench: Bench, split: str, **changes: object) -> Bench:
     first, *others = getattr(bench.splits, split)
     return replace(bench, splits=replace(bench.splits, **{split: (replace(first, **changes), *others)}))
+
+
+def elsewhere(bench: Bench) -> str:
+    """The same model, by another name."""
+    folder = bench.folder.with_name("another-model")
+    shutil.copytree(bench.config.model, folder, dirs_exist_ok=True)
+    return str(folder)
+
+
+def with_own_targets(bench: Bench, targets: Callable[[Prompt], str]) -> Bench:
+    """Every edit prompt of training and calibration with a target of its owner's; no prompt is held out."""
+    splits = Splits(
+        *(tuple(replace(p, target=targets(p)) for p in split) for split in (bench.splits.train, bench.splits.calibration)),
+        (),
+    )
+    training = bench.config.training.model_dump() | {"targets": "own", "horizon": 12}
+    return replace(configured(bench, training=training, targets_from=None), splits=splits)
 
 
 CHANGES = {
@@ -51,7 +72,7 @@ CHANGES = {
     "the length of answers": lambda b: configured(b, decoding={"max_new_tokens": 3}),
     "the length of targets": lambda b: configured(b, training=b.config.training.model_dump() | {"horizon": 5}),
     "where targets come from": lambda b: configured(b, training=b.config.training.model_dump() | {"targets": "own"}),
-    "the model that gives targets": lambda b: configured(b, targets_from="another/model"),
+    "the model that gives targets": lambda b: configured(b, targets_from=elsewhere(b)),
     "the base": lambda b: replace(b, backbone=tiny_backbone(seed=5)),
 }
 
@@ -62,6 +83,39 @@ def test_a_sweep_of_other_inputs_has_another_name(bench, what):
     other = Fitting(methods.METHODS[0], CHANGES[what](bench))
     assert other.key != one.key
     assert Fitting(methods.METHODS[0], replace(bench)).key == one.key  # and of the same inputs the same
+
+
+@dataclass(frozen=True)
+class Stricter(WordJudge):
+    """To whom answers to `bucket` are of another label, where WordJudge sees no refusal."""
+
+    name: str = "stricter"
+    bucket: Bucket = Bucket.HARMFUL_KEEP
+    label: Label = Label.HARMFUL
+
+    def judge(self, prompt, response, bucket, *, truncated=False):
+        found = super().judge(prompt, response, bucket, truncated=truncated)
+        milder = bucket is not self.bucket or found.label is Label.HARMLESS_REFUSAL
+        return found if milder else Verdict(self.label, "strict")
+
+
+def test_another_judge_reads_the_answers_that_are_there(bench, monkeypatch):
+    method = stand_in(scales=(1.0,))
+    before = sweep.open_answers(bench, Fitting(method, bench), 1.0)
+    other = replace(bench, judge=Stricter())
+    monkeypatch.setattr(sweep, "generate", lambda *a, **k: pytest.fail("decoded again"))
+    after = sweep.open_answers(other, Fitting(replace(method, fit=lambda *a: pytest.fail("fitted again")), other), 1.0)
+    assert after.divergence == before.divergence
+    keeps = {p.id for p in bench.calibration[Bucket.HARMFUL_KEEP]}
+    changed = {i for i, label in after.labels.items() if label != before.labels[i]}
+    assert changed and changed == {i for i in keeps if before.labels[i] == Label.HARMLESS_BENIGN}
+
+
+def test_a_judge_to_whom_other_targets_can_be_used_gives_other_fits(bench):
+    own = with_own_targets(bench, lambda p: USABLE)
+    strict = replace(own, judge=Stricter("of-targets", Bucket.EDIT, Label.HARMLESS_BROKEN))
+    assert strict.material.unusable > own.material.unusable == frozenset()
+    assert Fitting(methods.METHODS[0], strict).key != Fitting(methods.METHODS[0], own).key
 
 
 def test_held_out_prompts_name_no_sweep(bench):
@@ -84,12 +138,7 @@ def test_a_target_that_refuses_or_loops_chooses_nothing(bench):
     looping, *others = [p.id for p in bench.splits.calibration if p.bucket is Bucket.EDIT]
     assert others
 
-    def own(p: Prompt) -> Prompt:
-        return replace(p, target=" ".join(["w1"] * 8) if p.id == looping else "w1 w2 w33")  # odd: no refusal
-
-    splits = Splits(*(tuple(map(own, split)) for split in (bench.splits.train, bench.splits.calibration)), ())
-    training = bench.config.training.model_dump() | {"targets": "own", "horizon": 12}
-    material = replace(configured(bench, training=training), splits=splits).material
+    material = with_own_targets(bench, lambda p: " ".join(["w1"] * 8) if p.id == looping else USABLE).material
     assert looping in material.unusable and not material.unusable & set(others)
     assert looping not in {p.id for p in material.with_target(SplitName.CALIBRATION)}
     assert looping in {p.id for p in material.of(SplitName.CALIBRATION, Bucket.EDIT)}

@@ -81,9 +81,7 @@ class Bench:
     @cached_property
     def material(self) -> Material:
         """The run's own targets, as long as its training had them, and the base's whole answers."""
-        targets = self._targets([p for s in FITTING for p in self.splits.of(s, Bucket.EDIT)])
-        choosing = self.splits.of(SplitName.CALIBRATION, Bucket.EDIT)  # training dropped what could not be used of its own
-        usable = usable_targets(self.backbone, choosing, targets, self._labels)
+        targets = self._fitting_targets
         prompts = [p for s in FITTING for p in self.splits.of(s)]
         answers = self.base_answers(prompts)
         return Material(
@@ -91,14 +89,31 @@ class Bench:
             {i: t.continuation for i, t in targets.items()},
             answers,
             self.config.training.seed,
-            frozenset(p.id for p in choosing if p.id not in usable),
+            frozenset(self._unusable),
         )
+
+    @cached_property
+    def _unusable(self) -> list[str]:
+        """Calibration edit prompts whose target chooses nothing: the judge's one part in what is fitted. (Training dropped
+        what could not be used of its own.)"""
+        choosing = self.splits.of(SplitName.CALIBRATION, Bucket.EDIT)
+
+        def find() -> list[str]:
+            usable = usable_targets(self.backbone, choosing, self._fitting_targets, self._labels)
+            return sorted(p.id for p in choosing if p.id not in usable)
+
+        key = TraceStore.key(made_from=self._made_from, judge=self.judge.name, choosing=[p.id for p in choosing])
+        return self.kept("unusable-targets", key, find)
 
     @cached_property
     def _reference(self) -> Backbone | None:
         """The model whose answers are targets, if any."""
         asked = self.config.targets_from
         return None if asked is None else self.means.load(asked, self.config.dtype)
+
+    @cached_property
+    def _fitting_targets(self) -> dict[str, EditTarget]:
+        return self._targets([p for s in FITTING for p in self.splits.of(s, Bucket.EDIT)])
 
     def _targets(self, prompts: Sequence[Prompt]) -> dict[str, EditTarget]:
         training = self.config.training
@@ -223,11 +238,16 @@ class Bench:
         return TraceStore.key(**content)
 
     def key(self, **content: object) -> str:
-        """A name for what was made from this base, these prompts and targets, and `content`."""
+        """A name for what was made from this base, these prompts and targets, and `content`; of judges it holds what they
+        say of the targets."""
         return TraceStore.key(run=self._identity, **content)
 
     @cached_property
     def _identity(self) -> str:
+        return TraceStore.key(made_from=self._made_from, unusable=self._unusable)
+
+    @cached_property
+    def _made_from(self) -> str:
         prompts = [(p.id, *p.asked, p.bucket.value, p.target, p.source, p.group) for s in FITTING for p in self.splits.of(s)]
         training = self.config.training
         return TraceStore.key(
@@ -236,7 +256,6 @@ class Bench:
             device=self.backbone.device.type,  # answers are the same bit for bit on one kind alone
             prompts=prompts,
             targets=[training.targets, training.horizon, training.seed, self.config.targets_from],
-            judge=self.judge.name,  # says which targets choose
             decoding=self.config.decoding.model_dump(mode="json"),
         )
 

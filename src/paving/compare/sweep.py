@@ -20,7 +20,7 @@ from paving.evaluation.judges import Label
 from paving.evaluation.results import Record
 from paving.evaluation.statistics import preservation_score, wilson
 from paving.evaluation.three_way import HORIZON
-from paving.generation import batches_by_length, generate
+from paving.generation import Completion, batches_by_length, generate
 from paving.intervention import Intervention
 from paving.prompts.types import Bucket, Prompt
 from paving.run_folder import write_text
@@ -40,10 +40,22 @@ class OpenAnswers(Record):
     note        what a reader must know of the fit
     """
 
-    key: str
     method: str
     scale: float
     labels: dict[str, str]
+    divergence: dict[str, float]
+    note: str
+
+
+class Decoded(Record):
+    """What costs hours, as it is kept: no judge has a part in it, so another one reads the same answers.
+
+    answers     to edit prompts and harmful keeps, whole
+    divergence  as in OpenAnswers
+    """
+
+    key: str
+    answers: tuple[Completion, ...]
     divergence: dict[str, float]
     note: str
 
@@ -76,39 +88,46 @@ def answers_at(
     editor: str,
     note: Callable[[], str],
 ) -> OpenAnswers:
-    """Measured, or taken from comparison/sweeps/ where exactly this was measured before.
+    """Decoded, or taken from comparison/sweeps/ where exactly this was decoded before; labelled by the bench's judge.
 
-    editor: names what the intervention follows from; note: asked once it was measured
+    editor: names what the intervention follows from; note: asked once it was decoded
     """
     path = bench.out / "sweeps" / f"{file}.json"
     prompts = [p for b in Bucket for p in bench.calibration[b]]
     key = bench.key(
-        editor=editor, scale=scale, judge=bench.judge.name, calibration=[p.id for p in prompts],
-        horizon=HORIZON, k=bench.config.training.top_k,
-    )  # fmt: skip
-    keeps = [p for b in KEEPS for p in bench.calibration[b]]
-    decoded = [p for b in DECODED for p in bench.calibration[b]]
-    tick = bench.means.stage(f"sweep: {method}, scale {scale:g}", len(decoded) + len(keeps))
+        editor=editor, scale=scale, calibration=[p.id for p in prompts], horizon=HORIZON, k=bench.config.training.top_k
+    )
+    size = sum(len(bench.calibration[b]) for b in (*DECODED, *KEEPS))
+    tick = bench.means.stage(f"sweep: {method}, scale {scale:g}", size)
     if (there := _saved(path, key)) is not None:
-        tick(len(decoded) + len(keeps))
-        return there
-    answers = []
+        tick(size)
+    else:
+        answers, divergence = decoded(bench, intervention, tick)
+        there = Decoded(key=key, answers=answers, divergence=divergence, note=note())
+        write_text(path, there.model_dump_json(indent=0))
+    labels = bench.labels(there.answers)
+    return OpenAnswers(method=method, scale=scale, labels=labels, divergence=there.divergence, note=there.note)
+
+
+def decoded(
+    bench: Bench, intervention: Intervention, tick: Callable[[int], None]
+) -> tuple[tuple[Completion, ...], dict[str, float]]:
+    """(answers, divergence) of the calibration prompts, as `Decoded` holds them."""
+    answers: list[Completion] = []
     for bucket in DECODED:
         chosen = bench.calibration[bucket]
         answers += generate(bench.backbone, chosen, intervention, bench.config.decoding, tick=tick)
+    keeps = [p for b in KEEPS for p in bench.calibration[b]]
     divergence = keep_divergence(
         bench.backbone, keeps, bench.keep_continuations, intervention,
         k=bench.config.training.top_k, base=bench.base_distributions, tick=tick,
     )  # fmt: skip
-    labels = bench.labels(answers)
-    found = OpenAnswers(key=key, method=method, scale=scale, labels=labels, divergence=divergence, note=note())
-    write_text(path, found.model_dump_json(indent=0))
-    return found
+    return tuple(answers), divergence
 
 
-def _saved(path: Path, key: str) -> OpenAnswers | None:
-    with suppress(FileNotFoundError, ValueError):  # absent; damaged, or of another version: measured again
-        there = OpenAnswers.model_validate_json(path.read_text(encoding="utf-8"))
+def _saved(path: Path, key: str) -> Decoded | None:
+    with suppress(FileNotFoundError, ValueError):  # absent; damaged, or of another version: decoded again
+        there = Decoded.model_validate_json(path.read_text(encoding="utf-8"))
         if there.key == key:
             return there
     return None
