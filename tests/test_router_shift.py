@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from command_line import printed, refused
+from paving import router_shift
+from paving.backbone import BackboneError, render_batch
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import load_controller
 from paving.evaluation.results import Rate
 from paving.evaluation.shift import AS_THEY_ARE, HELD_OUT, Shifted
 from paving.prompts.types import Bucket, PromptError
-from paving.report.shift import beyond_promise, shift_table
-from paving.router_shift import CLOTHES, Source, opened, read_source, shift
+from paving.report.shift import beyond_promise, remarks, shift_table
+from paving.router_shift import CLOTHES, SYSTEM, Source, opened, read_source, shift
 from paving.run import evaluate, report, train
 from paving.run_folder import RunError
 from paving.run_splits import recorded_split
@@ -112,6 +114,31 @@ def test_the_report_shows_it_and_says_what_is_damaged(trained, gates):
     with pytest.raises(RunError, match="damaged or of another version"):
         report(run)
     (run / "shift.json").unlink()
+
+
+def test_what_a_chat_template_cannot_say_is_na_and_the_rest_is_counted(trained, monkeypatch):
+    folder, _, means = trained
+    usual = shift(folder / "run", means)
+
+    def render(backbone, prompts):
+        if any(p.system == SYSTEM for p in prompts):
+            raise BackboneError("the chat template takes no system prompt.")
+        return render_batch(backbone, prompts)
+
+    monkeypatch.setattr(router_shift, "render_batch", render)
+    found = shift(folder / "run", means)
+    na = {one.clothes for one in found if one.opened.rate is None}
+    assert na == {"another system prompt"} and sum(one.opened.n == 0 for one in found) == len(Bucket)
+    assert [one for one in found if one.clothes not in na] == [one for one in usual if one.clothes not in na]
+    assert "another system prompt is n/a: the chat template takes no system prompt." in remarks(found)
+    assert "n/a" in {cell.text.split()[0] for line in shift_table(found).rows for cell in line}
+
+    def never(backbone, prompts):
+        raise BackboneError("no chat template")
+
+    monkeypatch.setattr(router_shift, "render_batch", never)
+    with pytest.raises(BackboneError, match="no chat template"):
+        shift(folder / "run", means)
 
 
 def test_few_gates_above_a_promise_are_chance():

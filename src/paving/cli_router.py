@@ -103,7 +103,7 @@ def shift(
     from paving.evaluation.shift import SHIFT
     from paving.progress import live_progress
     from paving.prompts.types import Bucket
-    from paving.report.shift import beyond_promise, shift_terminal_table
+    from paving.report.shift import remarks, shift_terminal_table
     from paving.router_shift import read_source
     from paving.router_shift import shift as shifted
     from paving.run import Means
@@ -117,6 +117,6 @@ def shift(
         print(json.dumps([one.model_dump(mode="json") for one in found], indent=1))
         return
     out.print(shift_terminal_table(found))
-    for sentence in beyond_promise(found):
+    for sentence in remarks(found):
         say(sentence)
     say(f"saved: {run / SHIFT}" + (f"; shown in {run / 'report.html'}" if (run / "metrics.json").exists() else ""))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from paving.backbone import Backbone, render_batch
+from paving.backbone import Backbone, BackboneError, render_batch
 from paving.controller.residual_paving import ResidualPaving, boundary_features
 from paving.controller.store import load_controller
 from paving.evaluation.resampling import grouped_rate
@@ -68,7 +68,7 @@ def shift(run: Path, means: Means, sources: Sequence[Source] = ()) -> list[Shift
     and shown in the report of a run that was evaluated.
 
     Prompts of a source that the run was fitted on are left out. The gate is the controller's own: its policy, its veto, and
-    what it closes on as unlike its calibration.
+    what it closes on as unlike its calibration. What the model's chat template cannot say is n/a, with the reason.
 
     raises RunError for a run without a controller, PromptError for a source of which no prompt is left
     """
@@ -93,11 +93,22 @@ def shift(run: Path, means: Means, sources: Sequence[Source] = ()) -> list[Shift
     backbone = means.load(config.model, config.dtype)
     controller = load_controller(run / "controller", backbone)
     tick = means.stage("gates", sum(len(prompts) for *_, prompts in sets))
+    unsaid: dict[str, str] = {}  # clothes -> why this model's chat template cannot say them
     found = []
     for place, clothes, bucket, prompts in sets:
-        flags = opened(backbone, controller, prompts, tick=tick)
+        flags: dict[str, bool] = {}
+        if clothes not in unsaid:
+            try:
+                flags = opened(backbone, controller, prompts, tick=tick)
+            except BackboneError as error:
+                if clothes == AS_THEY_ARE:
+                    raise
+                unsaid[clothes] = str(error)
         rate = grouped_rate(flags, {p.id: p.group for p in prompts})
-        found.append(Shifted(prompts=place, clothes=clothes, bucket=bucket, opened=rate, promised=promised.get(bucket)))
+        why = unsaid.get(clothes)
+        found.append(
+            Shifted(prompts=place, clothes=clothes, bucket=bucket, opened=rate, promised=promised.get(bucket), unsaid=why)
+        )
     write_json(run / SHIFT, [one.model_dump(mode="json") for one in found])
     if (run / "metrics.json").exists():
         report(run)

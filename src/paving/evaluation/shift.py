@@ -15,13 +15,15 @@ AS_THEY_ARE = "as they are"
 
 
 class Shifted(Record):
-    """prompts: `held out`, or a source's name; promised: the share that may open by the run's promise, None without one."""
+    """prompts: `held out`, or a source's name; promised: the share that may open by the run's promise, None without one;
+    unsaid: why the model's chat template cannot say these clothes, None where it can."""
 
     prompts: str
     clothes: str
     bucket: Bucket
     opened: Rate  # gate > 0 after the veto
     promised: float | None
+    unsaid: str | None = None
 
     @property
     def name(self) -> str:

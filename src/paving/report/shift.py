@@ -24,7 +24,7 @@ def shift_section(found: Sequence[Shifted]) -> dict[str, object]:
     return {
         "figure": Markup(inline(_draw, found, "shift", "Share of gates that open, by what is put round the prompt")),
         "table": shift_table(found),
-        "beyond": beyond_promise(found),
+        "remarks": remarks(found),
     }
 
 
@@ -46,6 +46,12 @@ def shift_terminal_table(found: Sequence[Shifted]) -> RichTable:
     for line in table.rows:
         shown.add_row(*(Text(cell.text.replace(" [", "\n[")) for cell in line))
     return shown
+
+
+def remarks(found: Sequence[Shifted]) -> list[str]:
+    """What the table does not say by itself."""
+    unsaid = dict.fromkeys(f"{one.name} is n/a: {one.unsaid}" for one in found if one.unsaid is not None)
+    return [*unsaid, *beyond_promise(found)]
 
 
 def beyond_promise(found: Sequence[Shifted]) -> list[str]:
