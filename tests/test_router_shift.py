@@ -10,7 +10,7 @@ import torch
 
 from command_line import printed, refused
 from paving import router_shift
-from paving.backbone import BackboneError, render_batch
+from paving.backbone import BackboneError, ChatTemplateError, render_batch
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import load_controller
 from paving.evaluation.results import Rate
@@ -122,7 +122,7 @@ def test_what_a_chat_template_cannot_say_is_na_and_the_rest_is_counted(trained, 
 
     def render(backbone, prompts):
         if any(p.system == SYSTEM for p in prompts):
-            raise BackboneError("the chat template takes no system prompt.")
+            raise ChatTemplateError("the chat template takes no system prompt.")
         return render_batch(backbone, prompts)
 
     monkeypatch.setattr(router_shift, "render_batch", render)
@@ -133,11 +133,13 @@ def test_what_a_chat_template_cannot_say_is_na_and_the_rest_is_counted(trained, 
     assert "another system prompt is n/a: the chat template takes no system prompt." in remarks(found)
     assert "n/a" in {cell.text.split()[0] for line in shift_table(found).rows for cell in line}
 
-    def never(backbone, prompts):
-        raise BackboneError("no chat template")
+    def too_long(backbone, prompts):
+        if any("by the river" in p.text for p in prompts):
+            raise BackboneError("too long")
+        return render_batch(backbone, prompts)
 
-    monkeypatch.setattr(router_shift, "render_batch", never)
-    with pytest.raises(BackboneError, match="no chat template"):
+    monkeypatch.setattr(router_shift, "render_batch", too_long)
+    with pytest.raises(BackboneError, match="too long"):  # of one prompt, and no matter of the template
         shift(folder / "run", means)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from paving.backbone import Backbone, BackboneError, render_batch
+from paving.backbone import Backbone, ChatTemplateError, render_batch
 from paving.controller.residual_paving import ResidualPaving, boundary_features
 from paving.controller.store import load_controller
 from paving.evaluation.resampling import grouped_rate
@@ -93,19 +93,19 @@ def shift(run: Path, means: Means, sources: Sequence[Source] = ()) -> list[Shift
     backbone = means.load(config.model, config.dtype)
     controller = load_controller(run / "controller", backbone)
     tick = means.stage("gates", sum(len(prompts) for *_, prompts in sets))
-    unsaid: dict[str, str] = {}  # clothes -> why this model's chat template cannot say them
+    unsaid: dict[tuple[str, str], str] = {}  # (place, clothes) -> why this model's chat template cannot say them
     found = []
     for place, clothes, bucket, prompts in sets:
         flags: dict[str, bool] = {}
-        if clothes not in unsaid:
+        if (place, clothes) not in unsaid:
             try:
                 flags = opened(backbone, controller, prompts, tick=tick)
-            except BackboneError as error:
-                if clothes == AS_THEY_ARE:
+            except ChatTemplateError as error:
+                if (place, clothes) == (HELD_OUT, AS_THEY_ARE):
                     raise
-                unsaid[clothes] = str(error)
+                unsaid[place, clothes] = str(error)
         rate = grouped_rate(flags, {p.id: p.group for p in prompts})
-        why = unsaid.get(clothes)
+        why = unsaid.get((place, clothes))
         found.append(
             Shifted(prompts=place, clothes=clothes, bucket=bucket, opened=rate, promised=promised.get(bucket), unsaid=why)
         )

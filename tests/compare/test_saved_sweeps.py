@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from stand_in import Fitted, stand_in
 from paving.compare import compare, methods, sweep
 from paving.compare.bench import Bench, open_bench
 from paving.compare.fitting import Fitting
+from paving.compare.sweep import Decoded
 from paving.evaluation.judges import Label, Verdict
 from paving.prompts.types import Bucket, Prompt, SplitName, Splits
-from paving.run_folder import RunConfig
+from paving.run_folder import RunConfig, write_text
 from paving.steering.checks import SteeringError
 from tiny_models import tiny_backbone
 from tiny_runs import WordJudge
@@ -116,6 +118,24 @@ def test_a_judge_to_whom_other_targets_can_be_used_gives_other_fits(bench):
     strict = replace(own, judge=Stricter("of-targets", Bucket.EDIT, Label.HARMLESS_BROKEN))
     assert strict.material.unusable > own.material.unusable == frozenset()
     assert Fitting(methods.METHODS[0], strict).key != Fitting(methods.METHODS[0], own).key
+
+
+def test_what_nothing_is_fitted_for_asks_no_judge(bench):
+    """The run's own sweeps, probes and held-out targets: the same names whatever a judge says of targets, and unasked."""
+
+    class Silent(WordJudge):
+        def judge(self, *arguments, **options):
+            pytest.fail("asked")
+
+    assert replace(bench, judge=Silent("silent")).key(editor="own") == bench.key(editor="own")
+
+
+def test_a_scale_that_drives_the_model_out_of_its_numbers_is_decoded_once(tmp_path):
+    path = tmp_path / "sweeps" / "method@64.json"
+    decoded = Decoded(key="k", answers=(), divergence={"far": float("nan"), "further": float("inf"), "near": 0.5}, note="")
+    write_text(path, decoded.model_dump_json(indent=0))
+    there = sweep._saved(path, "k").divergence
+    assert math.isnan(there["far"]) and there["further"] == math.inf and there["near"] == 0.5
 
 
 def test_held_out_prompts_name_no_sweep(bench):

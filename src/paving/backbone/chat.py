@@ -9,7 +9,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from paving.backbone.layers import BackboneError
+from paving.backbone.layers import BackboneError, ChatTemplateError
 from paving.backbone.load import Backbone
 from paving.prompts.types import Bucket, Prompt
 
@@ -66,7 +66,7 @@ def prompt_ids(backbone: Backbone, prompt: Prompt) -> list[int]:
 def render_messages(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation, ending where the assistant's next answer begins.
 
-    raises BackboneError where the model's chat template takes no system prompt, and it begins with one
+    raises ChatTemplateError where the model's chat template takes no system prompt, or cannot say these turns
     """
     try:
         encoded = backbone.tokenizer.apply_chat_template(
@@ -74,8 +74,10 @@ def render_messages(backbone: Backbone, messages: Sequence[dict[str, str]]) -> l
         )
     except TemplateError as error:
         if not messages or messages[0]["role"] != "system":
-            raise
-        raise BackboneError(
+            raise ChatTemplateError(
+                f"the chat template of {backbone.name} cannot say these {len(messages)} messages ({error})."
+            ) from error
+        raise ChatTemplateError(
             f"the chat template of {backbone.name} takes no system prompt ({error}). Leave it out, or put it before "
             "the prompt's own words."
         ) from error

@@ -10,6 +10,10 @@ class BackboneError(ValueError):
     """A model that cannot be used as a backbone; the message says what is missing and what would do."""
 
 
+class ChatTemplateError(BackboneError):
+    """A conversation that the model's chat template cannot say, whatever its words."""
+
+
 def text_config(model: PreTrainedModel):
     """The configuration of the text decoder; for a multimodal model that is a part of the whole."""
     return model.config.get_text_config(decoder=True)

@@ -42,6 +42,7 @@ from paving.training.verdicts import LabelsOf
 
 T = TypeVar("T")
 ROUTING_VERSION = 2  # raised when the probe or its threshold is made in another way
+USABLE_VERSION = 1  # raised when another target is called unusable by the same judge
 FITTING = (SplitName.TRAIN, SplitName.CALIBRATION)
 
 
@@ -102,7 +103,7 @@ class Bench:
             usable = usable_targets(self.backbone, choosing, self._fitting_targets, self._labels)
             return sorted(p.id for p in choosing if p.id not in usable)
 
-        key = TraceStore.key(made_from=self._made_from, judge=self.judge.name, choosing=[p.id for p in choosing])
+        key = self.key(unusable_to=self.judge.name, choosing=[p.id for p in choosing], version=USABLE_VERSION)
         return self.kept("unusable-targets", key, find)
 
     @cached_property
@@ -238,16 +239,15 @@ class Bench:
         return TraceStore.key(**content)
 
     def key(self, **content: object) -> str:
-        """A name for what was made from this base, these prompts and targets, and `content`; of judges it holds what they
-        say of the targets."""
+        """A name for what was made from this base, these prompts and targets, and `content`; no judge has a part in it."""
         return TraceStore.key(run=self._identity, **content)
+
+    def fit_key(self, **content: object) -> str:
+        """A name for what is fitted: the judge says which targets choose."""
+        return self.key(unusable=self._unusable, **content)
 
     @cached_property
     def _identity(self) -> str:
-        return TraceStore.key(made_from=self._made_from, unusable=self._unusable)
-
-    @cached_property
-    def _made_from(self) -> str:
         prompts = [(p.id, *p.asked, p.bucket.value, p.target, p.source, p.group) for s in FITTING for p in self.splits.of(s)]
         training = self.config.training
         return TraceStore.key(

@@ -56,7 +56,7 @@ class Fitting:
     @cached_property
     def key(self) -> str:
         """Names the fitted editor without fitting it."""
-        return self.bench.key(method=self.method.name, version=self.method.version)
+        return self.bench.fit_key(method=self.method.name, version=self.method.version)
 
     def routing(self, variant: str) -> Routing:
         return _Own(self) if variant == OWN_ROUTING else _Shared(self.bench, variant)

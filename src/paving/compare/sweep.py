@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from pydantic import ConfigDict
+
 from paving.backbone import Backbone, PromptBatch, checked_ids, pad_left
 from paving.compare.bench import Bench
 from paving.compare.choose import control, passes
@@ -53,6 +55,8 @@ class Decoded(Record):
     answers     to edit prompts and harmful keeps, whole
     divergence  as in OpenAnswers
     """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # a scale may drive a model to NaN; null cannot be read
 
     key: str
     answers: tuple[Completion, ...]
