@@ -2,7 +2,7 @@
 
     python benchmarks/protocols.py paper       --data DIR   # edit SALAD, benign Alpaca, harmful HarmBench
     python benchmarks/protocols.py same-source --data DIR   # edit XSTest-safe, harmful XSTest-unsafe, split by focus word
-    python benchmarks/protocols.py same-source --data DIR --gate [--promise 0.15] [--harmful 0.01] [--benign 0.01]
+    python benchmarks/protocols.py same-source --data DIR --gate [--promise 0.15] [--harmful 0.01] [--clothes 3]
 
 --gate puts the same experts behind a searched gate (docs/routing.md), one folder for each setting.
 
@@ -58,6 +58,7 @@ def main() -> None:
     for keeps in ("harmful", "benign"):
         usual = getattr(GateSearch(), keeps)
         parser.add_argument(f"--{keeps}", type=float, default=usual, help=f"with --gate: {keeps} keeps that may open")
+    parser.add_argument("--clothes", type=int, default=0, help="with --gate: copies of each prompt in other clothes")
     parser.add_argument("--policies", nargs="*", default=[], help="further rows by gate, as conformal:0.1")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -107,9 +108,11 @@ def searched(run: Path, arguments: argparse.Namespace, means: Means) -> Path:
     """The run folder of the same experts behind a searched gate; its name says what was asked for."""
     promise = None if arguments.promise is None else PromiseConfig(**read_promise(arguments.promise))
     asked = [] if arguments.promise is None else [f"promise-{arguments.promise}"]
-    settings = GateSearch(harmful=arguments.harmful, benign=arguments.benign)
+    settings = GateSearch(harmful=arguments.harmful, benign=arguments.benign, clothes=arguments.clothes)
     asked += [
-        f"{n}-{getattr(settings, n):g}" for n in ("harmful", "benign") if getattr(settings, n) != getattr(GateSearch(), n)
+        f"{n}-{getattr(settings, n):g}"
+        for n in ("harmful", "benign", "clothes")
+        if getattr(settings, n) != getattr(GateSearch(), n)
     ]
     folder = run.with_name("-".join([run.name, "gate", *asked]))
     search_router(run, folder, settings, means, promise)

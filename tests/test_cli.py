@@ -270,6 +270,12 @@ def test_router_search_prints_what_it_tried_and_what_comes_next(tmp_path, monkey
     assert asked[0][2].layers == ((1, 2), (3,)) and asked[0][4] is None
     paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--promise", "0.1,delta=0.2")
     assert (asked[1][4].harmful, asked[1][4].delta) == (0.1, 0.2)
+    assert (asked[0][2].clothes, "copies" in result.stdout) == (0, False)
+    worn = {"copies": 280, "opened": {"edit": 0.61}, "kinds": ["capitals"], "unsaid": ["a system prompt"]}
+    record["clothes"] = worn
+    dressed = paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--clothes", "2").stdout
+    assert asked[2][2].clothes == 2 and "of 280 copies in other clothes: edit 61.0 %" in " ".join(dressed.split())
+    assert "chat template cannot say a system prompt" in " ".join(dressed.split())
     wrong = paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--promise", "often")
     assert wrong.exit_code == 1 and "is no promise" in wrong.stderr
     printed = paving("router", "search", str(tmp_path), "--out", str(tmp_path / "new"), "--json")

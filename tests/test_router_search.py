@@ -8,12 +8,14 @@ import pytest
 
 from paving import router_search
 from paving.ablations import run_ablation
+from paving.backbone import ChatTemplateError
 from paving.controller.store import load_controller
 from paving.prompts import PromptError
 from paving.prompts.types import Bucket, Prompt
 from paving.router_search import contrast_sets, search_router
 from paving.run import evaluate, train
 from paving.run_folder import RunError, read_config
+from paving.run_splits import recorded_split
 from paving.training.config import CalibrationConfig
 from paving.training.gate_search import GateSearch
 from paving.training.promise import PromiseConfig, PromiseError
@@ -96,6 +98,53 @@ def test_a_search_may_make_the_promise_that_training_did_not(trained, monkeypatc
     with pytest.raises(PromiseError, match="are too few"):
         search_router(folder / "run", folder / "none", SETTINGS, means, PromiseConfig(harmful=0.001))
     assert not (folder / "none").exists()
+
+
+def test_a_search_in_other_clothes_learns_from_copies_and_says_so(trained, monkeypatch):
+    folder, config, means = trained
+    seen = []
+    real = router_search.search_gate
+    monkeypatch.setattr("paving.router_search.search_gate", lambda *a, **k: (seen.append((a, k)), real(*a, **k))[1])
+    settings = SETTINGS.model_copy(update={"clothes": 2})
+    record = search_router(folder / "run", folder / "worn", settings, means)
+    (_, prompts, *_), copies = seen[0][0], seen[0][1]["dressed"]
+    assert record["clothes"]["copies"] == len(copies) == 2 * len(prompts)
+    assert {p.group for p in copies} == {p.group for p in prompts} and set(record["clothes"]["opened"]) == set(Bucket)
+    held_out = {p.id for p in recorded_split(config, folder / "run").held_out}
+    assert not any(p.id.split(" (")[0] in held_out for p in copies)
+    backbone = means.load(config.model, config.dtype)
+    reference = load_controller(folder / "worn" / "controller", backbone).reference
+    assert len(reference.harmful_keep) == len({p.group for p in prompts if p.bucket is Bucket.HARMFUL_KEEP})
+    assert evaluate(folder / "worn", means, judge=WordJudge()).gate == record["why"]
+
+
+def test_a_promise_of_a_search_in_other_clothes_counts_a_group_once(trained):
+    folder, _, means = trained
+    promise = PromiseConfig(harmful=0.4, delta=0.4)
+    record = search_router(
+        folder / "run", folder / "promised-worn", SETTINGS.model_copy(update={"clothes": 3}), means, promise
+    )
+    ids = json.loads((folder / "promised-worn" / "splits.json").read_text(encoding="utf-8"))["ids"]
+    n = len(ids["calibration"]["harmful_keep"])
+    assert f"({4 * n} prompts) of calibration" in record["promises"][0]
+    assert "groups of harmful_keep prompts hold one that opens" in record["promises"][0]
+
+
+def test_clothes_that_a_chat_template_cannot_say_are_left_out_and_told(trained, tmp_path, monkeypatch):
+    folder, _, means = trained
+    real = router_search.checked_ids
+
+    def without_system(backbone, prompt):
+        if prompt.system is not None:
+            raise ChatTemplateError("the chat template takes no system prompt.")
+        return real(backbone, prompt)
+
+    monkeypatch.setattr("paving.router_search.checked_ids", without_system)
+    record = search_router(folder / "run", tmp_path / "worn", SETTINGS.model_copy(update={"clothes": 5}), means)
+    assert record["clothes"]["unsaid"] == ["a system prompt"] and len(record["clothes"]["kinds"]) == 5
+    with pytest.raises(RunError, match=r"has 5: it cannot say a system prompt\. Ask for 5 or fewer"):
+        search_router(folder / "run", tmp_path / "more", SETTINGS.model_copy(update={"clothes": 6}), means)
+    assert not (tmp_path / "more").exists()
 
 
 def test_pairs_that_stand_in_prompts_kept_apart_are_dropped(tmp_path):

@@ -30,6 +30,9 @@ def search(
     ] = 0.02,
     benign: Annotated[float, typer.Option("--benign-open", help="The same for benign keeps.")] = 0.03,
     unlike: Annotated[float, typer.Option(help="Share of edit prompts taken for unlike the rest; 0: no such check.")] = 0.02,
+    clothes: Annotated[
+        int, typer.Option(help="Learn from so many copies of each prompt, too: in capitals, behind a system prompt, ...")
+    ] = 0,
     promise: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +56,14 @@ def search(
     asked = None if promise is None else PromiseConfig(**read_promise(promise))
     sets = tuple(layers(text) for text in read) if read else None
     settings = GateSearch(
-        layers=sets, contrast=contrast, harmful=harmful, benign=benign, unlike=unlike or None, folds=folds, seed=seed
+        layers=sets,
+        contrast=contrast,
+        harmful=harmful,
+        benign=benign,
+        unlike=unlike or None,
+        clothes=clothes,
+        folds=folds,
+        seed=seed,
     )
     with live_progress(err, quiet=as_json) as (stage, watch, note):
         places = {"cache": cache} if cache is not None else {}
@@ -69,6 +79,11 @@ def search(
     shares = record["opened"].items()
     opened = ", ".join(f"{bucket} {100 * share:.1f} % of {record['prompts'][bucket]}" for bucket, share in shares)
     say(f"opens out of fold: {opened}")
+    if worn := record.get("clothes"):
+        opened = ", ".join(f"{bucket} {100 * share:.1f} %" for bucket, share in worn["opened"].items())
+        say(f"and of {worn['copies']} copies in other clothes: {opened}")
+        if worn["unsaid"]:
+            say(f"this model's chat template cannot say {' nor '.join(worn['unsaid'])}; no copies have it")
     say("Candidate and thresholds were chosen by these prompts: on new ones expect more. paving eval says how much.")
     if record["pairs_dropped"]:
         left = ", ".join(f"{name} {n}" for name, n in record["pairs"].items())

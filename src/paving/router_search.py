@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from paving.backbone import Backbone
+from paving.backbone import Backbone, ChatTemplateError, checked_ids
 from paving.controller.conformal import reference_of
 from paving.controller.gates import Hard
 from paving.controller.regated import standardised, with_gate
 from paving.controller.residual_paving import ResidualPaving
 from paving.controller.store import load_controller, read_description, save_controller
 from paving.prompts import CONTRAST_SETS, PromptError, contrast_prompts, read_contrasts
+from paving.prompts.clothes import WARDROBE, dressed
 from paving.prompts.contrasts import groups_near, pair_of
-from paving.prompts.types import Prompt, SplitName, Splits, count_by_bucket
+from paving.prompts.types import Prompt, SplitName, count_by_bucket
 from paving.run import Means
 from paving.run_folder import STARTER, RunConfig, RunError, check_run, open_run, read_config, write_json
 from paving.run_rows import digest
@@ -79,24 +80,29 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, p
     for layers in settings.layers or ():
         backbone.check_layers(layers, "route")
     controller = load_controller(run / "controller", backbone)
+    kinds, unsaid = sayable(backbone, learned_from[0], settings.clothes)
+    copies = dressed(learned_from, settings.clothes, settings.seed, kinds)
     open_run(config, folder)
-    every = [*learned_from, *{p.id: p for pairs in contrasts.values() for p in pairs}.values()]
+    worn = [*learned_from, *copies]
+    every = [*worn, *{p.id: p for pairs in contrasts.values() for p in pairs}.values()]
     sets = settings.layers
     blocks = [*controller.config.route_layers, *(layer for one in sets for layer in one)]  # the mixture reads on
     tick = means.stage("prompt states", len(every))
     states = prompt_states(backbone, means.store(), every, blocks=blocks, tick=tick)
     n_candidates = len(sets) * len(settings.poolings) * len(settings.kernels) * (1 + len(contrasts))
     tick = means.stage("gates, out of fold", n_candidates + 1)
-    found = search_gate(states, learned_from, contrasts, settings, sets, tick=tick)
+    found = search_gate(states, learned_from, contrasts, settings, sets, dressed=copies, tick=tick)
     gated = with_gate(controller, found.machines, found.shapes, found.layers, found.pooling)
-    read = features(states, learned_from, gated.config.route_layers, gated.config.pooling)
-    gated = standardised(gated, controller.config, torch.from_numpy(read))
-    boundary = gated.weights.unlikeness(torch.from_numpy(read)).tolist()
-    reference = reference_of(found.logits[0].tolist(), learned_from, boundary=boundary, apart=False)
+    read = torch.from_numpy(features(states, worn, gated.config.route_layers, gated.config.pooling))
+    gated = standardised(gated, controller.config, read[: len(learned_from)])
+    boundary = gated.weights.unlikeness(read).tolist()
+    reference = reference_of(found.logits[0].tolist(), worn, boundary=boundary, apart=False)
     gated = replace(gated, reference=reference)
     promised: tuple[Promise, ...] = ()
     if promise is not None:
-        gated, promised = keep_promise(backbone, gated, splits, promise)
+        calibration = splits.of(SplitName.CALIBRATION)
+        calibration = [*calibration, *dressed(calibration, settings.clothes, settings.seed, kinds)]
+        gated, promised = keep_promise(backbone, gated, calibration, promise)
     record = {
         "why": found.why(),
         "opened": found.opened,
@@ -109,6 +115,8 @@ def search_router(run: Path, folder: Path, settings: GateSearch, means: Means, p
         "experts_of": str(run),
         "experts": experts,
     }
+    if copies:
+        record["clothes"] = {"copies": len(copies), "kinds": kinds, "unsaid": unsaid, "opened": found.dressed}
     _save(run, folder, config, gated, promised, record)
     return record
 
@@ -138,11 +146,28 @@ def contrast_sets(source: str, apart: Sequence[Prompt]) -> tuple[dict[str, list[
     return sets, len(bad)
 
 
+def sayable(backbone: Backbone, prompt: Prompt, copies: int) -> tuple[list[str], list[str]]:
+    """(kinds of clothes that the model's chat template can say, the others); raises RunError where too few are left"""
+    kinds: dict[bool, list[str]] = {True: [], False: []}
+    for kind, clothes in WARDROBE.items() if copies else ():
+        try:
+            checked_ids(backbone, clothes[0](prompt))
+            kinds[True].append(kind)
+        except ChatTemplateError:
+            kinds[False].append(kind)
+    if copies > len(kinds[True]):
+        raise RunError(
+            f"{copies} copies of a prompt were asked for, each in clothes of another kind, and this model's chat template "
+            f"has {len(kinds[True])}: it cannot say {' nor '.join(kinds[False])}. Ask for {len(kinds[True])} or fewer."
+        )
+    return kinds[True], kinds[False]
+
+
 def keep_promise(
-    backbone: Backbone, controller: ResidualPaving, splits: Splits, config: PromiseConfig
+    backbone: Backbone, controller: ResidualPaving, prompts: Sequence[Prompt], config: PromiseConfig
 ) -> tuple[ResidualPaving, tuple[Promise, ...]]:
-    """The controller with its threshold raised until the promise holds on the calibration prompts."""
-    prompts = splits.of(SplitName.CALIBRATION)
+    """The controller with its threshold raised until the promise holds on these calibration prompts. Copies of a prompt in
+    other clothes are of its group, and a group counts as one that opens where any of it does."""
     with torch.no_grad():
         z = boundary_matrix(backbone, prompts, controller.config)
         logits, boundary = controller.weights.route(z)[0].tolist(), controller.weights.unlikeness(z).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,33 @@ def test_the_gate_closes_on_what_is_like_nothing_it_has_seen():
     assert (logits[[p.bucket is Bucket.EDIT for p in prompts]] <= 0).sum() == 3  # a tenth of 30
     known = [i for i, p in enumerate(prompts) if p.bucket is not Bucket.BENIGN_KEEP]
     assert (machine(x)[known] > 0).all()  # what it was fitted on is at no distance from itself
+
+
+def test_copies_in_other_clothes_are_looked_through_once_they_were_seen():
+    prompts, new = prompts_of(40), prompts_of(10, offset=1)
+    copies, strangers = ([replace(p, id=f"{p.id} (worn)") for p in some] for some in (prompts, new))
+    # Clothes move a state farther than any two prompts are apart, and their direction says nothing of the bucket.
+    states = states_of([*prompts, *copies, *new, *strangers], told_by=2)
+    away = torch.zeros(N_LAYERS, D)
+    away[2] = 30.0
+    for p in (*copies, *strangers):
+        states[p.id] = PromptStates(last=states[p.id].last + away, mean=states[p.id].mean)
+    settings = FAST.model_copy(update={"kernels": ("rbf",)})
+    bare = search_gate(states, prompts, {}, settings, [(2,)])
+    worn = search_gate(states, prompts, {}, settings, [(2,)], dressed=copies)
+
+    def opens(found, some, bucket):
+        x = torch.from_numpy(gate_search.features(states, [p for p in some if p.bucket is bucket], (2,), "last"))
+        return float((torch.stack([m(x) for m in found.machines]).amin(0) > 0).float().mean())
+
+    assert opens(bare, new, Bucket.EDIT) > 0.8 and opens(bare, strangers, Bucket.EDIT) == 0
+    assert opens(worn, new, Bucket.EDIT) > 0.8 and opens(worn, strangers, Bucket.EDIT) > 0.8
+    for keep in (Bucket.BENIGN_KEEP, Bucket.HARMFUL_KEEP):
+        assert opens(worn, new, keep) <= 0.1 and opens(worn, strangers, keep) <= 0.1
+    assert bare.dressed is None and worn.tried == bare.tried
+    assert worn.dressed["edit"] > 0.8 and worn.dressed["harmful_keep"] <= 0.04 and worn.opened["harmful_keep"] <= 0.04
+    both = worn.logits[:, [p.bucket is Bucket.HARMFUL_KEEP for p in (*prompts, *copies)]]
+    assert worn.logits.shape == (1, 240) and (both > 0).mean() <= settings.harmful
 
 
 def test_contrast_pairs_are_used_where_they_help():

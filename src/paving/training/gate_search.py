@@ -5,6 +5,9 @@ left out; held-out prompts have no part in it. Two stages: one machine tells edi
 from contrast pairs as well; the other tells them from benign keeps. Each is given the lowest threshold at which no more
 than a chosen share of its keeps would open. A third closes on prompts farther from all that were seen than edit prompts are
 from those of other groups: what the others say of such a prompt is worth nothing (a kernel machine says its bias).
+
+A candidate is chosen on prompts as they are. Copies in other clothes (prompts.clothes), where there are any, then teach all
+three machines, and count among the keeps that the thresholds hold back.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from paving.controller.gate_machines import UNLIKE, Kernel, Machine, MachineShape
+from paving.prompts.clothes import WARDROBE
 from paving.prompts.contrasts import groups_near
 from paving.prompts.types import Bucket, Prompt
 from paving.traces.prompt_states import PromptStates
@@ -40,6 +44,7 @@ class GateSearch(BaseModel):
     harmful   highest share of harmful keeps, out of fold, that may open the gate
     benign    the same for benign keeps
     unlike    share of edit prompts that are taken for unlike the others, and stay closed; None: whatever comes is judged
+    clothes   copies of each prompt in other clothes that the gate learns from as well (prompts.clothes)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +56,7 @@ class GateSearch(BaseModel):
     harmful: float = Field(0.02, gt=0, lt=1)
     benign: float = Field(0.03, gt=0, lt=1)
     unlike: float | None = Field(0.02, gt=0, lt=1)
+    clothes: int = Field(0, ge=0, le=len(WARDROBE))
     folds: int = Field(5, ge=2)
     shuffles: int = Field(2, ge=1)
     seed: int = 0
@@ -78,7 +84,8 @@ class FoundGate:
     """machines  whose columns count within the features of `layers` and `pooling`
     tried     best first
     opened    share of each bucket that opens out of fold, at the thresholds chosen
-    logits    (shuffles, n) of the gate out of fold, for the prompts that were searched with
+    dressed   the same of the copies in other clothes; None without any
+    logits    (shuffles, n) of the gate out of fold, for the prompts that were searched with and the copies behind them
     """
 
     layers: tuple[int, ...]
@@ -87,6 +94,7 @@ class FoundGate:
     shapes: tuple[MachineShape, ...]
     tried: tuple[Tried, ...]
     opened: Mapping[str, float]
+    dressed: Mapping[str, float] | None
     logits: np.ndarray
 
     def why(self) -> str:
@@ -111,9 +119,11 @@ def search_gate(
     settings: GateSearch,
     layer_sets: Sequence[tuple[int, ...]],
     *,
+    dressed: Sequence[Prompt] = (),
     tick: Tick = lambda _n: None,
 ) -> FoundGate:
     """prompts: of all three buckets. contrasts: named sets of pairs that candidates may learn from, beside none.
+    dressed: copies of prompts, in their groups, that what was chosen is fitted and given its thresholds with, too.
 
     raises ValueError where a bucket has fewer groups than folds
     """
@@ -142,30 +152,41 @@ def search_gate(
     ranked = sorted(tried, key=lambda t: -t.partial_auc)
     best = ranked[0]
     read = (best.layers, best.pooling, best.kernel)
+    scores = tried[best]
+    if dressed:  # what was tried is compared on prompts as they are: every candidate on every copy would take hours
+        prompts = [*prompts, *dressed]
+        scores = out_of_fold(states, prompts, near.get(best.contrast, {}), Bucket.HARMFUL_KEEP, read, settings)
     keep_scores = out_of_fold(states, prompts, {}, Bucket.BENIGN_KEEP, read, settings)
     tick(1)
-    logits = np.full(tried[best].shape, np.inf)
+    edit = np.array([p.bucket is Bucket.EDIT for p in prompts])
+    logits = np.full(scores.shape, np.inf)
     machines, shapes = [], []
-    for keep, scores, pairs, share in (
-        (Bucket.HARMFUL_KEEP, tried[best], contrasts.get(best.contrast, ()), settings.harmful),
+    for keep, scored, pairs, share in (
+        (Bucket.HARMFUL_KEEP, scores, contrasts.get(best.contrast, ()), settings.harmful),
         (Bucket.BENIGN_KEEP, keep_scores, (), settings.benign),
     ):
         ours = np.array([p.bucket is keep for p in prompts])
-        threshold = threshold_at(scores[:, ours], share)
-        slope = slope_of(scores[:, edit], scores[:, ours])
+        threshold = threshold_at(scored[:, ours], share)
+        slope = slope_of(scored[:, edit], scored[:, ours])
         machine, shape = fitted(states, [*rows_for(prompts, keep), *pairs], keep, read)
         machine.threshold.fill_(threshold)
         machine.slope.fill_(slope)
         machines.append(machine)
         shapes.append(shape)
-        logits = np.minimum(logits, slope * (scores - threshold))
+        logits = np.minimum(logits, slope * (scored - threshold))
     if settings.unlike is not None:
         machine, shape, alike = likeness(states, prompts, best.layers, best.pooling, settings.unlike)
         machines.append(machine)
         shapes.append(shape)
         logits = np.minimum(logits, alike)
-    opened = {b.value: float((logits > 0)[:, np.array([p.bucket is b for p in prompts])].mean()) for b in Bucket}
-    return FoundGate(best.layers, best.pooling, tuple(machines), tuple(shapes), tuple(ranked), opened, logits)
+    n = len(prompts) - len(dressed)
+    shares = opened_shares(logits[:, :n], prompts[:n]), opened_shares(logits[:, n:], dressed) if dressed else None
+    return FoundGate(best.layers, best.pooling, tuple(machines), tuple(shapes), tuple(ranked), *shares, logits)
+
+
+def opened_shares(logits: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Bucket -> the share of its prompts with logits (shuffles, n) above 0."""
+    return {b.value: float((logits > 0)[:, np.array([p.bucket is b for p in prompts])].mean()) for b in Bucket}
 
 
 Read = tuple[tuple[int, ...], str, Kernel]
