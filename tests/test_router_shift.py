@@ -175,6 +175,15 @@ def test_a_source_is_asked_without_what_was_fitted_on_and_behind_the_runs_system
         shift(folder / "run", means, [Source("mine", Bucket.EDIT, [p for p in source.prompts if p.text in fitted_on])])
 
 
+def test_a_prompt_that_is_too_long_is_told_before_the_first_gate(trained, gates):
+    folder, _, means = trained
+    seen = gates(lambda _i: False)
+    long = Prompt("endless", "w1 " * 5000, Bucket.HARMFUL_KEEP, "g")
+    with pytest.raises(BackboneError, match="prompt endless has 5"):
+        shift(folder / "run", means, [Source("mine", Bucket.HARMFUL_KEEP, [long])])
+    assert seen == []
+
+
 def test_gates_of_a_batch_are_those_of_each_prompt_alone(trained):
     folder, config, means = trained
     backbone = means.load(config.model, config.dtype)

@@ -7,12 +7,13 @@ there says how far its calibration reaches: a promise covers prompts drawn like 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from paving.backbone import Backbone, ChatTemplateError, render_batch
+from paving.backbone import Backbone, ChatTemplateError, checked_ids, render_batch
 from paving.controller.residual_paving import ResidualPaving, boundary_features
 from paving.controller.store import load_controller
 from paving.evaluation.resampling import grouped_rate
@@ -85,6 +86,10 @@ def shift(run: Path, means: Means, sources: Sequence[Source] = ()) -> list[Shift
     promised = {} if promise is None else {Bucket.HARMFUL_KEEP: promise.harmful, Bucket.BENIGN_KEEP: promise.benign}
     backbone = means.load(config.model, config.dtype)
     controller = load_controller(run / "controller", backbone)
+    for *_, asked in sets:
+        with suppress(ChatTemplateError):  # n/a below
+            for prompt in asked:
+                checked_ids(backbone, prompt)  # one that is too long ends the command before the first gate, not after
     tick = means.stage("gates", sum(len(prompts) for *_, prompts in sets))
     unsaid: dict[tuple[str, str], str] = {}  # (place, clothes) -> why this model's chat template cannot say them
     found = []
