@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.svm import SVC
 
 from paving.prompts.contrasts import groups_near
 from paving.prompts.types import Bucket, Prompt
@@ -137,6 +138,20 @@ def test_no_prompt_is_scored_by_what_has_seen_its_group(monkeypatch):
     read = ((0,), "last", "linear")
     near = groups_near([*pairs, *drafted], prompts)
     gate_search.out_of_fold(states, prompts, near, Bucket.HARMFUL_KEEP, read, FAST)
+
+
+def test_the_rbf_machine_is_sklearns():
+    rng = np.random.default_rng(0)
+    x, asked = rng.standard_normal((60, 7)).astype(np.float32), rng.standard_normal((9, 7)).astype(np.float32)
+    labels = x[:, 0] + 0.3 * rng.standard_normal(60) > 0
+    ours = gate_search.machine_of("rbf", 7).fit(x, labels)
+    theirs = SVC(C=gate_search.C_RBF, gamma=1 / 7, class_weight="balanced").fit(x, labels)
+    assert np.allclose(ours.decision_function(asked), theirs.decision_function(asked), atol=1e-10)
+    order = [np.lexsort(m.support_vectors_.T) for m in (ours, theirs)]
+    assert np.array_equal(ours.support_vectors_[order[0]], theirs.support_vectors_[order[1]])
+    assert np.allclose(ours.dual_coef_[0, order[0]], theirs.dual_coef_[0, order[1]]) and ours.intercept_ == pytest.approx(
+        theirs.intercept_
+    )
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=60), st.floats(0.001, 0.999))
