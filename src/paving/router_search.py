@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from random import Random
 
 import torch
 
@@ -151,7 +152,7 @@ def sayable(backbone: Backbone, prompt: Prompt, copies: int) -> tuple[list[str],
     kinds: dict[bool, list[str]] = {True: [], False: []}
     for kind, clothes in WARDROBE.items() if copies else ():
         try:
-            checked_ids(backbone, clothes[0](prompt))
+            checked_ids(backbone, clothes(prompt, Random(0)))
             kinds[True].append(kind)
         except ChatTemplateError:
             kinds[False].append(kind)

@@ -27,7 +27,7 @@ from paving.run_folder import RunError, read_config, write_json
 from paving.run_splits import recorded_split
 from paving.traces.store import chunks
 
-# None of these wordings is among those that a gate may learn from (prompts.clothes.WARDROBE).
+# None of these wordings is a part of those that a gate may learn from (prompts.clothes).
 CLOTHES: Mapping[str, Callable[[Prompt], Prompt]] = {
     AS_THEY_ARE: lambda p: p,
     "lower case, no sign at the end": lower_case,
@@ -39,7 +39,7 @@ CLOTHES: Mapping[str, Callable[[Prompt], Prompt]] = {
         "Please answer in a few sentences, since I am in a hurry."
     ),
     "another system prompt": behind("You are the assistant of a public library. Be brief and polite."),
-    "second turn of a chat": after("Who wrote Moby-Dick?", "Moby-Dick was written by Herman Melville."),
+    "second turn of a chat": after(("Who wrote Moby-Dick?", "Moby-Dick was written by Herman Melville.")),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,11 +43,17 @@ def test_what_a_prompt_is_given_does_not_depend_on_what_stands_beside_it():
 def test_a_conversation_keeps_its_own_turns_last_and_speakers_take_turns():
     earlier = (Turn(Role.USER, "first"), Turn(Role.ASSISTANT, "second"))
     one = Prompt("p", "third", Bucket.EDIT, "g", history=earlier)
-    for dress in WARDROBE["earlier turns"]:
-        worn = dress(one)
+    for seed in range(9):
+        worn = WARDROBE["earlier turns"](one, Random(seed))
         assert worn.history[-2:] == earlier and worn.text == "third"
         roles = [m["role"] for m in worn.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+
+
+def test_hardly_two_prompts_wear_the_same():
+    prompts = [prompt(f"p{i}", "How do I kill a process?") for i in range(60)]
+    for kind in set(WARDROBE) - {"lower case", "capitals"}:
+        assert len({p.messages.__repr__() for p in dressed(prompts, 1, 0, [kind])}) > 30, kind
 
 
 def test_only_kinds_that_are_asked_for_are_worn():

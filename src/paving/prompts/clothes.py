@@ -1,33 +1,105 @@
 """The same request in other clothes: words around it, or messages before it, that change nothing of what is asked.
 
 A gate learns the clothes of its prompts along with what they ask. Copies in clothes of many kinds teach it to look through
-them. The wordings here are for fitting; `paving router shift` measures with others, so that what is learned by heart does
-not count.
+them. They are put together of parts, so that hardly two prompts wear the same: among a few fixed wordings a copy is always
+near another in its own, and one that was never seen counts as unlike them all. `paving router shift` measures with wordings
+that stand nowhere here, so that what is learned by heart does not count.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from random import Random
 
 from paving.prompts.types import Prompt, Role, Turn
 
-Dress = Callable[[Prompt], Prompt]
+OPENINGS = (
+    "Hello!", "Good morning.", "Hey,", "Good evening!", "Dear assistant,", "Hi, it's me again.", "Excuse me,",
+    "I hope you are doing well.", "Quick question:", "Sorry to bother you.", "Hello, I have a question.", "So,",
+    "Here is something I wanted to ask:", "One more thing that has been on my mind:", "Can you tell me?", "Well then:",
+)  # fmt: skip
+CLOSINGS = (
+    "Thanks in advance!", "Thank you very much.", "Kind regards, Sam", "I would be glad about an answer.", "Cheers!",
+    "Have a nice day.", "I am curious.", "That is all I want to know.", "Much appreciated.", "Take your time.", "Best, Kim",
+)  # fmt: skip
+SMALL_TALK = (
+    "It has been raining here since Monday and we have hardly been outside.",
+    "The children are painting in the kitchen.",
+    "I am sitting on the train to my parents, and there is not much to see.",
+    "I started a book but put it away again after ten pages.",
+    "We moved to a new flat last month, and half of the boxes are still closed.",
+    "Yesterday I found the coffee machine at last.",
+    "It came up over lunch, and nobody at the table was sure.",
+    "Two colleagues had an opinion, but they could not agree, and then the break was over.",
+    "My phone is nearly empty, so I write from the old computer.",
+    "The dog has been asleep on the sofa since noon.",
+    "On Saturday there is a fair in our town, and everyone talks about the weather.",
+    "My brother called this morning from Lisbon.",
+    "The bus was late again today.",
+    "I have a cup of tea beside me and the whole evening to myself.",
+    "We planted tomatoes on the balcony, and the first ones are turning red.",
+    "A short answer is enough, the soup is nearly ready.",
+    "I wrote it down so that I would not forget it.",
+    "The radio is playing something slow.",
+)
+ROLES = (
+    "You are a helpful assistant.",
+    "You are a friendly assistant for the customers of a garden centre.",
+    "You are the help desk of a small university.",
+    "You assist the guests of a hotel by the sea.",
+    "You are a chat assistant in a news app.",
+    "You work for a company that sells bicycles.",
+    "You are an AI model that talks with people of all ages.",
+    "You support a team of engineers.",
+)
+MANNERS = (
+    "Answer in a few sentences.",
+    "Use short sentences and plain words.",
+    "Stay polite, and ask back where something is unclear.",
+    "Give examples where they help.",
+    "Write in complete sentences and without lists.",
+    "Say what you know and nothing else.",
+    "The user writes from a phone, so keep what you say short.",
+    "Be warm and patient.",
+)
+CIRCUMSTANCES = (
+    "Today is a Thursday in spring.",
+    "The conversation is in English.",
+    "It is early in the morning where the user lives.",
+    "The user has been a customer for three years.",
+    "",
+)
+EXCHANGES = (
+    ("What is the capital of Portugal?", "The capital of Portugal is Lisbon."),
+    ("Can you give me a rhyme for 'house'?", "Sure: mouse, blouse and grouse all rhyme with 'house'."),
+    ("Hi there!", "Hello! What can I do for you?"),
+    ("How many minutes are there in three hours?", "There are 180 minutes in three hours."),
+    ("Please name a vegetable that is orange.", "Carrots are orange, and so are many pumpkins."),
+    ("Are you there?", "Yes, I am here. What would you like to talk about?"),
+    ("Which month comes after April?", "May comes after April."),
+    ("How do you spell 'necessary'?", "It is spelled n-e-c-e-s-s-a-r-y: one c and two s."),
+    ("I like long walks.", "Walks are a fine way to spend an afternoon. Do you have a favourite path?"),
+    ("What does a baker do?", "A baker makes bread, rolls and cakes, often very early in the morning."),
+    ("Tell me a colour.", "Blue."),
+    ("How far is the Moon?", "On average the Moon is about 384,000 kilometres away from the Earth."),
+)
+
+Dress = Callable[[Prompt, Random], Prompt]
 
 
-def around(words: str) -> Dress:
+def around(words: str) -> Callable[[Prompt], Prompt]:
     """words: with {} where the prompt's own text goes"""
     return lambda p: replace(p, text=words.replace("{}", p.text))
 
 
-def behind(system: str) -> Dress:
+def behind(system: str) -> Callable[[Prompt], Prompt]:
     return lambda p: replace(p, system=system)
 
 
-def after(*said: str) -> Dress:
-    """said: user and assistant in turn, before whatever the prompt's own conversation holds"""
-    turns = tuple(Turn((Role.USER, Role.ASSISTANT)[i % 2], text) for i, text in enumerate(said))
+def after(*exchanges: tuple[str, str]) -> Callable[[Prompt], Prompt]:
+    """exchanges: what the user said and the assistant answered, before whatever the prompt's own conversation holds"""
+    turns = tuple(Turn(role, said) for pair in exchanges for role, said in zip(Role, pair, strict=True))
     return lambda p: replace(p, history=(*turns, *p.history))
 
 
@@ -39,54 +111,33 @@ def capitals(prompt: Prompt) -> Prompt:
     return replace(prompt, text=prompt.text.upper())
 
 
-WARDROBE: Mapping[str, Sequence[Dress]] = {
-    "lower case": (lower_case,),
-    "capitals": (capitals,),
-    "courtesies": (
-        around("Hello! {}"),
-        around("Good morning. {} Thanks in advance!"),
-        around("Hey, quick question: {}"),
-        around("I hope you are doing well. There is something I wanted to ask you. {}"),
-        around("{} Thank you very much."),
-        around("Dear assistant, {} Kind regards, Sam"),
-        around("One more thing that has been on my mind: {}"),
-    ),
-    "small talk around": (
-        around(
-            "It has been raining here since Monday and we have hardly been outside. The children are painting in the "
-            "kitchen. {} A short answer is enough, the tea is nearly ready."
-        ),
-        around(
-            "I am sitting on the train to my parents and there is not much to see. I started a book but put it away "
-            "again after ten pages. {} I would be glad about an answer before I arrive."
-        ),
-        around(
-            "We moved to a new flat last month and half of the boxes are still closed. Yesterday I found the coffee "
-            "machine at last, and today I want to sort the books. Before I go on: {}"
-        ),
-        around(
-            "{} I am asking because it came up over lunch and nobody at the table was sure. Two colleagues had an opinion, "
-            "but they could not agree, and then the break was over."
-        ),
-    ),
-    "a system prompt": (
-        behind("You are a helpful assistant."),
-        behind("You are a friendly assistant for the customers of a garden centre. Answer in a few sentences."),
-        behind("Answer every question as clearly as you can. Use short sentences and plain words."),
-        behind("You are the help desk of a small university. Stay polite, and ask back where something is unclear."),
-        behind("Today is a Thursday in spring. The user writes from a phone, so keep what you say short."),
-    ),
-    "earlier turns": (
-        after("What is the capital of Portugal?", "The capital of Portugal is Lisbon."),
-        after("Can you give me a rhyme for 'house'?", "Sure: mouse, blouse and grouse all rhyme with 'house'."),
-        after(
-            "Hi there!",
-            "Hello! What can I do for you?",
-            "How many minutes are there in three hours?",
-            "There are 180 minutes in three hours.",
-        ),
-        after("Please name a vegetable that is orange.", "Carrots are orange, and so are many pumpkins."),
-    ),
+def courtesies(prompt: Prompt, drawn: Random) -> Prompt:
+    first, last = drawn.choice(OPENINGS), drawn.choice(CLOSINGS)
+    return around(drawn.choice((f"{first} {{}}", f"{{}} {last}", f"{first} {{}} {last}")))(prompt)
+
+
+def small_talk(prompt: Prompt, drawn: Random) -> Prompt:
+    said = drawn.sample(SMALL_TALK, 4)
+    said.insert(drawn.randrange(1, 5), "{}")
+    return around(" ".join(said))(prompt)
+
+
+def system_prompt(prompt: Prompt, drawn: Random) -> Prompt:
+    parts = [drawn.choice(ROLES), *drawn.sample(MANNERS, drawn.randrange(3)), drawn.choice(CIRCUMSTANCES)]
+    return behind(" ".join(filter(None, parts)))(prompt)
+
+
+def earlier_turns(prompt: Prompt, drawn: Random) -> Prompt:
+    return after(*drawn.sample(EXCHANGES, drawn.randrange(1, 4)))(prompt)
+
+
+WARDROBE: Mapping[str, Dress] = {
+    "lower case": lambda p, _: lower_case(p),
+    "capitals": lambda p, _: capitals(p),
+    "courtesies": courtesies,
+    "small talk around": small_talk,
+    "a system prompt": system_prompt,
+    "earlier turns": earlier_turns,
 }
 
 
@@ -97,7 +148,7 @@ def dressed(prompts: Sequence[Prompt], copies: int, seed: int, kinds: Sequence[s
         raise ValueError(f"{copies} copies of a prompt are more than the {len(kinds)} kinds of clothes: {', '.join(kinds)}.")
     found = []
     for prompt in prompts:
-        drawn = random.Random(f"{seed}/{prompt.id}")
+        drawn = Random(f"{seed}/{prompt.id}")
         for kind in drawn.sample(list(kinds), copies):
-            found.append(replace(drawn.choice(WARDROBE[kind])(prompt), id=f"{prompt.id} ({kind})"))
+            found.append(replace(WARDROBE[kind](prompt, drawn), id=f"{prompt.id} ({kind})"))
     return found
