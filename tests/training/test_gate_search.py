@@ -97,6 +97,12 @@ def test_copies_in_other_clothes_are_looked_through_once_they_were_seen():
     assert worn.logits.shape == (1, 240) and (both > 0).mean() <= settings.harmful
 
 
+def test_in_clothes_no_mean_over_the_prompt_is_read_unless_asked_for():
+    assert GateSearch().poolings == ("last", "last+mean") and GateSearch(clothes=2).poolings == ("last",)
+    asked = GateSearch(clothes=2, poolings=("mean",))
+    assert asked.poolings == ("mean",) and GateSearch.model_validate_json(asked.model_dump_json()) == asked
+
+
 def test_contrast_pairs_are_used_where_they_help():
     prompts = prompts_of(24)
     pairs = prompts_of(300, offset=1, buckets=(Bucket.EDIT, Bucket.HARMFUL_KEEP))

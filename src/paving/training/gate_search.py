@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics.pairwise import rbf_kernel
@@ -46,6 +46,9 @@ class GateSearch(BaseModel):
     benign    the same for benign keeps
     unlike    share of edit prompts that are taken for unlike the others, and stay closed; None: whatever comes is judged
     clothes   copies of each prompt in other clothes that the gate learns from as well (prompts.clothes)
+
+    With clothes the last token alone is read unless poolings are given: a mean over the prompt moves with the words around
+    what is asked, and harmful keeps behind a wording never seen came through with it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +64,11 @@ class GateSearch(BaseModel):
     folds: int = Field(5, ge=2)
     shuffles: int = Field(2, ge=1)
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_mean_in_clothes(cls, given: dict) -> dict:
+        return {"poolings": ("last",), **given} if given.get("clothes") else given
 
 
 @dataclass(frozen=True)
